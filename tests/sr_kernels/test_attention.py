@@ -1,0 +1,120 @@
+"""varlen_attention's backends against fp64, forward and backward, on ragged grouped-query batches."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sr_kernels import varlen_attention
+from sr_kernels.attention import op, reference
+
+
+def bounds(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def run(fn, q, k, v, grad):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = fn(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def compare(lengths_q, lengths_k, heads, kv_heads, head_dim, causal, tolerance=2e-6):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(sum(lengths_q), heads, head_dim, generator=g)
+    k, v = (torch.randn(sum(lengths_k), kv_heads, head_dim, generator=g) for _ in range(2))
+    grad = torch.randn(q.shape, generator=g)
+    cu_q, cu_k = bounds(lengths_q), bounds(lengths_k)
+    wide = [x.double() for x in (q, k, v, grad)]
+    exact = run(lambda *a: reference.varlen_attention(*a, cu_q, cu_k, causal=causal), *wide)
+    for backend in ("sdpa", "reference"):
+        got = run(
+            lambda *a, b=backend: varlen_attention(
+                *a, cu_q, cu_k, max(lengths_q), max(lengths_k), causal=causal, backend=b
+            ),
+            q, k, v, grad,
+        )  # fmt: skip
+        for x, y in zip(got, exact, strict=True):
+            assert torch.isfinite(x).all()
+            assert (x - y).norm() <= tolerance * max(y.norm(), grad.norm())  # a gradient may cancel to 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=4),
+    groups=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    head_dim=st.sampled_from([8, 16, 24]),
+    causal=st.booleans(),
+)
+def test_ragged_batches_match_fp64(lengths, groups, kv_heads, head_dim, causal):
+    lengths_q = [n for n, _ in lengths]
+    compare(lengths_q, [n + more for n, more in lengths], groups * kv_heads, kv_heads, head_dim, causal)
+
+
+@pytest.mark.parametrize("queries", [64, 256])
+def test_the_models_geometry(queries):
+    compare([queries] * 3, [1, 512, 37], 32, 8, 128, False)
+
+
+def test_one_sequence_does_not_see_another():
+    q, k, v = (torch.randn(6, 2, 8) for _ in range(3))
+    cu = bounds([2, 4])
+    before = varlen_attention(q, k, v, cu, cu, 4, 4)
+    k[2:], v[2:] = 1e6, float("nan")
+    assert torch.equal(varlen_attention(q, k, v, cu, cu, 4, 4)[:2], before[:2])
+
+
+Q, KV = torch.randn(6, 4, 8), torch.randn(5, 2, 8)
+GOOD = {
+    "q": Q,
+    "k": KV,
+    "v": KV,
+    "cu_seqlens_q": bounds([2, 4]),
+    "cu_seqlens_k": bounds([3, 2]),
+    "max_q": 4,
+    "max_k": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cu_seqlens_k": bounds([5, 0])}, "at least one key in every sequence, got none in sequence 1"),
+        ({"cu_seqlens_k": bounds([3, 3])}, "cu_seqlens_k: wanted to run from 0 to 5"),
+        ({"cu_seqlens_k": bounds([5])}, "cu_seqlens_k: wanted 3 entries"),
+        ({"max_k": 2}, "max_k: wanted at least 3"),
+        ({"v": KV[:4]}, "v: wanted k's shape"),
+        ({"k": KV.double()}, "k and v: wanted q's dtype"),
+        ({"q": Q[:, :3]}, "a divisor of 3 heads"),
+        ({"backend": "flash"}, "'flash' cannot run attention on cpu"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        varlen_attention(**{**GOOD, **arguments})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", ["flash", "torch", "sdpa"])
+def test_gpu_backends_match_fp64(backend, causal):
+    reason = op.usable("cuda", torch.bfloat16)[backend]
+    if reason:
+        pytest.skip(reason)
+    lengths_q, lengths_k = [256, 256, 256], [256, 512, 300]
+    g = torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(768, 32, 128, generator=g).bfloat16() for _ in range(2))
+    k, v = (torch.randn(sum(lengths_k), 8, 128, generator=g).bfloat16() for _ in range(2))
+    cu_q, cu_k = bounds(lengths_q), bounds(lengths_k)
+    exact = run(
+        lambda *a: reference.varlen_attention(*a, cu_q, cu_k, causal=causal), *(x.double() for x in (q, k, v, grad))
+    )
+    got = run(
+        lambda *a: varlen_attention(*a, cu_q.cuda(), cu_k.cuda(), 256, 512, causal=causal, backend=backend),
+        *(x.cuda() for x in (q, k, v, grad)),
+    )
+    for x, y in zip(got, exact, strict=True):
+        assert (x.cpu().double() - y).norm() <= 8e-3 * y.norm()
