@@ -1,0 +1,8 @@
+"""The paper: fusion strategies, conditioner, DiT, flow matching, text encoder, latent codecs, sampling pipeline."""
+
+from sr_model.convert import load_authors_checkpoint
+from sr_model.dit import DiT, build
+from sr_model.fusion import STRATEGIES
+from sr_model.text_features import TextFeatures, TextKV
+
+__all__ = ["STRATEGIES", "DiT", "TextFeatures", "TextKV", "build", "load_authors_checkpoint"]

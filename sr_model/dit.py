@@ -1,0 +1,190 @@
+"""The diffusion transformer of the paper (Section 4.1): cross-attention blocks conditioned on all layers of an LLM.
+
+- grouped-query attention with QK-norm, 2-D RoPE on image tokens, 1-D RoPE on text keys
+- no timestep inside the DiT: only the gates of s1 and s3 see time
+- text enters once, as keys and values for all blocks (`TextKV`); blocks never see features
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from sr_model.conditioner import Conditioner
+from sr_model.flow import sigma_of
+from sr_model.fusion import build_fusion
+from sr_model.layers import Block, CrossAttention, SelfAttention, image_rope
+from sr_model.presets import PRESETS
+from sr_model.text_features import TextFeatures, TextKV
+
+
+class DiT(ModelMixin, ConfigMixin):
+    """Velocity network v(x_t, t, text).
+
+    Args:
+        strategy: how the LLM's layers are fused: b1 b2 b3 s1 s2 s3.
+        depth, hidden_size, num_heads, num_kv_heads, head_dim, mlp_size: the transformer's sizes.
+        in_channels, patch_size: latent channels and the side of a square patch.
+        text_dim, text_layers: the LLM's width and number of layers; hidden states 1..text_layers are routed. b1 and b2
+            accept None and then take the features' own number.
+        rope_base: base of the image RoPE, and of the text RoPE if `text_rope`.
+        norm_eps: eps of every RMSNorm.
+        gate_input: "t", or "sigma" for gates that were trained on the noise level 1 - t.
+
+    Raises: ValueError naming the argument.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+
+    @register_to_config
+    def __init__(
+        self,
+        strategy: str,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        mlp_size: int,
+        in_channels: int,
+        patch_size: int,
+        text_dim: int,
+        text_layers: int | None = None,
+        rope_base: float = 1e5,
+        text_rope: bool = True,
+        norm_eps: float = 1e-6,
+        gate_input: str = "t",
+    ) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads: wanted a multiple of num_kv_heads={num_kv_heads}, got {num_heads}")
+        if head_dim % 4:
+            raise ValueError(f"head_dim: wanted a multiple of 4 for the 2-D RoPE, got {head_dim}")
+        if gate_input not in ("t", "sigma"):
+            raise ValueError(f"gate_input: wanted 't' or 'sigma', got {gate_input!r}")
+        if text_layers is not None and text_layers < 2:
+            raise ValueError(f"text_layers: wanted at least 2, got {text_layers}")
+        self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.fusion = build_fusion(strategy, depth, text_layers)
+        self.conditioner = Conditioner(
+            depth, text_dim, num_kv_heads, head_dim, rope_base if text_rope else None, norm_eps
+        )
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, num_kv_heads, head_dim, mlp_size, norm_eps) for _ in range(depth)
+        )
+        self.norm_out = nn.RMSNorm(hidden_size, eps=norm_eps)
+        self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier uniform Linears, zero biases, a zero output projection, uniform fusion weights."""
+        if self.proj_out.weight.is_meta:
+            return
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, SelfAttention | CrossAttention):
+                module.reset_parameters()
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))  # as a Linear on the patch
+        assert self.patch_embed.bias is not None
+        nn.init.zeros_(self.patch_embed.bias)
+        self.conditioner.reset_parameters()
+        if hasattr(self.fusion, "reset_parameters"):
+            self.fusion.reset_parameters()  # type: ignore[operator]
+        nn.init.zeros_(self.proj_out.weight)
+
+    @property
+    def layer_ids(self) -> tuple[int, ...] | None:
+        """The hidden states this model reads: what to ask the text encoder for. None when `text_layers` is unknown."""
+        n = self.config.text_layers
+        if n is None:
+            return None
+        return (n - 1,) if self.config.strategy == "b1" else tuple(range(1, n + 1))
+
+    def fusion_weights(self, gate_time: Tensor, num_layers: int | None = None) -> Tensor:
+        """alpha [1|B, 1|D, L] at gate_time [B] in flow time (it may leave [0, 1])."""
+        seen = gate_time if self.config.gate_input == "t" else sigma_of(gate_time)
+        n = self.config.text_layers or num_layers
+        if n is None:
+            raise ValueError("num_layers: wanted the number of LLM layers, the model's text_layers is None")
+        return self.fusion(seen, n)
+
+    def condition(self, text: TextFeatures, gate_time: Tensor) -> TextKV:
+        """Keys and values of all blocks from features; gate_time [B] or [1].
+
+        Raises: ValueError naming the layers that are missing from the features.
+        """
+        n = self.config.text_layers or max(text.layer_ids)
+        alpha = self.fusion_weights(gate_time, n)
+        text = text.select((n - 1,) if self.config.strategy == "b1" else tuple(range(1, n + 1)))
+        alpha = alpha[..., [i - 1 for i in text.layer_ids]]
+        k, v = self.conditioner(text, alpha)
+        return TextKV(k, v, text.cu_seqlens, max(text.lengths))
+
+    def forward(self, x: Tensor, t: Tensor, text: TextFeatures | TextKV, gate_time: Tensor | None = None) -> Tensor:
+        """Velocity data - noise.
+
+        Args:
+            x: [B, in_channels, H, W] noised latents, H and W multiples of the patch.
+            t: [B] or [1] flow time in [0, 1].
+            text: features of B prompts, or their keys and values already made with `condition`.
+            gate_time: what the gates see in place of t (eq. 11); ignored with a TextKV.
+
+        Raises: ValueError naming the argument.
+        """
+        p = self.config.patch_size
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(
+                f"x: wanted [B, {self.config.in_channels}, H, W] with H and W multiples of {p}, got {list(x.shape)}"
+            )
+        kv = text if isinstance(text, TextKV) else self.condition(text, t if gate_time is None else gate_time)
+        batch, rows, columns = x.shape[0], x.shape[2] // p, x.shape[3] // p
+        if kv.cu_seqlens.numel() != batch + 1:
+            raise ValueError(f"text: wanted {batch} prompts, one a sample of x, got {kv.cu_seqlens.numel() - 1}")
+        h = self.patch_embed(x).flatten(2).transpose(1, 2)  # [B, N, hidden]
+        n = rows * columns
+        angles = image_rope(rows, columns, self.config.head_dim, self.config.rope_base, x.device)
+        cu_q = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=x.device)
+        # unbind, not indexing: its backward is one stack instead of D full-size additions
+        for block, k, v in zip(self.blocks, kv.k.unbind(0), kv.v.unbind(0), strict=True):
+            arguments = (h, k, v, angles, cu_q, kv.cu_seqlens, kv.max_len)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = self._gradient_checkpointing_func(block, *arguments)  # type: ignore[attr-defined]
+            else:
+                h = block(*arguments)
+        out = self.proj_out(self.norm_out(h))  # [B, N, p*p*channels]
+        out = out.view(batch, rows, columns, p, p, -1)  # patch order: row, column, channel
+        return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+
+def build(
+    strategy: str,
+    preset: str = "paper",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **overrides: Any,
+) -> DiT:
+    """A DiT of a named size; `overrides` replace single sizes. device="meta" allocates nothing.
+
+    Raises: ValueError for an unknown strategy or preset, TypeError for an unknown size.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {preset!r}")
+    with torch.device(device or "cpu"):
+        model = DiT(strategy=strategy, **{**PRESETS[preset], **overrides})
+    return model if dtype is None else model.to(dtype)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters (the whole model's, also when ZeRO-3 has partitioned them)."""
+    return sum(getattr(p, "ds_numel", None) or math.prod(p.shape) for p in model.parameters())

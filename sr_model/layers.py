@@ -1,0 +1,127 @@
+"""The parts of a DiT block: rotary embedding with QK-norm, self- and cross-attention, SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sr_kernels import varlen_attention
+
+
+def rope_frequencies(count: int, base: float, device: torch.device) -> Tensor:
+    """base^(-i / count), i = 0..count-1: [count] fp32."""
+    return base ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
+
+
+def text_rope(positions: Tensor, head_dim: int, base: float) -> Tensor:
+    """Angles of the 1-D RoPE: positions [T] -> [T, hd/2] fp32."""
+    return positions[:, None] * rope_frequencies(head_dim // 2, base, positions.device)
+
+
+def image_rope(rows: int, columns: int, head_dim: int, base: float, device: torch.device) -> Tensor:
+    """Angles of the 2-D RoPE, tokens row by row: [rows*columns, hd/2] fp32; first hd/4 by row, next hd/4 by column."""
+    frequencies = rope_frequencies(head_dim // 4, base, device)
+    by_row = torch.arange(rows, device=device)[:, None, None] * frequencies
+    by_column = torch.arange(columns, device=device)[None, :, None] * frequencies
+    shape = (rows, columns, head_dim // 4)
+    return torch.cat([by_row.expand(shape), by_column.expand(shape)], -1).flatten(0, 1)
+
+
+def qk_norm_rope(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm over the head dim, then rotation of the pairs (i, i + hd/2); fp32 inside, one rounding.
+
+    x: [..., T, heads, hd]; weight: broadcastable to x; angles: [T, hd/2], or None for no rotation.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.rms_norm(x.to(wide), (x.shape[-1],), eps=eps) * weight
+    if angles is not None:
+        cos, sin = angles.cos()[:, None].to(wide), angles.sin()[:, None].to(wide)  # [T, 1, hd/2]
+        a, b = y.chunk(2, -1)
+        y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return y.to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention among a sample's image tokens, with QK-norm and 2-D RoPE."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.eps = heads, kv_heads, head_dim, eps
+        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+        self.q_norm = nn.Parameter(torch.empty(head_dim))
+        self.k_norm = nn.Parameter(torch.empty(head_dim))
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        """x [B, N, H], angles [N, hd/2] -> [B, N, H]."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # [B, N, Hq, hd]
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))  # [B, N, Hkv, hd]
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q = qk_norm_rope(q, self.q_norm, angles, self.eps)
+        k = qk_norm_rope(k, self.k_norm, angles, self.eps)
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=self.heads != self.kv_heads
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.q_norm)
+        nn.init.ones_(self.k_norm)
+
+
+class CrossAttention(nn.Module):
+    """Image queries (QK-norm, not rotated) on a prompt's keys and values, which come ready from the conditioner."""
+
+    def __init__(self, hidden: int, heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.eps = heads, head_dim, eps
+        self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
+        self.q_norm = nn.Parameter(torch.empty(head_dim))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
+        """x [B, N, H]; k, v [T, Hkv, hd] packed with bounds cu_k [B+1]; cu_q the image's bounds -> [B, N, H]."""
+        batch, n, _ = x.shape
+        q = self.q_proj(x).view(batch * n, self.heads, self.head_dim)
+        q = qk_norm_rope(q, self.q_norm, None, self.eps)
+        out = varlen_attention(q, k, v, cu_q, cu_k, n, max_k)  # [B*N, Hq, hd]
+        return self.o_proj(out.view(batch, n, -1))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.q_norm)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention (on an input that is not normed), SwiGLU; each added to the residual stream."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, inner: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(hidden, eps=eps)
+        self.self_attn = SelfAttention(hidden, heads, kv_heads, head_dim, eps)
+        self.cross_attn = CrossAttention(hidden, heads, head_dim, eps)
+        self.norm2 = nn.RMSNorm(hidden, eps=eps)
+        self.mlp = SwiGLU(hidden, inner)
+
+    def forward(
+        self, x: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int
+    ) -> Tensor:
+        """Plain tensors only: an object would lose its gradient under reentrant checkpointing. [B, N, H] -> same."""
+        x = x + self.self_attn(self.norm1(x), angles)
+        x = x + self.cross_attn(x, k, v, cu_q, cu_k, max_k)
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,68 @@
+"""The released implementation's own outputs (tests/vectors), through `load_authors_checkpoint`; and its refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sr_model import TextFeatures, load_authors_checkpoint
+
+VECTORS = Path(__file__).parent.parent / "vectors"
+
+
+def vector(strategy):
+    tensors = load_file(VECTORS / f"authors_{strategy}.safetensors")
+    state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+    return state, {k.removeprefix("in."): v for k, v in tensors.items() if k.startswith("in.")}, tensors
+
+
+@pytest.mark.parametrize("strategy", ["b1", "b2", "b3", "s1", "s2", "s3"])
+def test_released_outputs_are_reproduced(strategy):
+    state, inputs, tensors = vector(strategy)
+    model = load_authors_checkpoint(state, strategy if strategy in ("b1", "b2") else None)
+    assert model.config.strategy == strategy
+    text = TextFeatures.from_padded(inputs["hidden"], inputs["mask"])
+    ours = model(inputs["x"], 1 - inputs["sigma"], text)
+    theirs = tensors["out.noise_minus_data"]
+    assert ((-ours - theirs).norm() / theirs.norm()).item() < 5e-6
+
+
+def test_text_as_ready_keys_and_values_gives_the_same(tmp_path):
+    state, inputs, _ = vector("s3")
+    model = load_authors_checkpoint(state)
+    text = TextFeatures.from_padded(inputs["hidden"], inputs["mask"])
+    t = 1 - inputs["sigma"]
+    assert torch.equal(model(inputs["x"], t, text), model(inputs["x"], t, model.condition(text, t)))
+
+
+def test_a_file_and_a_folder_load_alike(tmp_path):
+    from safetensors.torch import save_file
+
+    state, *_ = vector("s2")
+    keys = sorted(state)
+    save_file({k: state[k] for k in keys[:10]}, tmp_path / "a.safetensors")
+    save_file({k: state[k] for k in keys[10:]}, tmp_path / "b.safetensors")
+    torch.save(state, tmp_path / "c.pt")
+    for source in (tmp_path, tmp_path / "c.pt"):
+        loaded = load_authors_checkpoint(source).state_dict()
+        for name, value in load_authors_checkpoint(state).state_dict().items():
+            assert torch.equal(loaded[name], value)
+
+
+def test_refusals_name_what_is_wrong(tmp_path):
+    state, *_ = vector("s2")
+    b1, *_ = vector("b1")
+    for source, strategy, message in (
+        (b1, None, "wanted 'b1' or 'b2', got None"),
+        (state, "s3", "tensors are those of 's2', got 's3'"),
+        ({k: v for k, v in state.items() if k != "layers.1.mlp.up_proj.weight"}, None, "layers.1.mlp.up_proj.weight"),
+        ({**state, "extra": torch.zeros(1)}, None, "1 unknown tensors, the first named 'extra'"),
+        ({**state, "proj_out.bias": torch.zeros(3)}, None, r"proj_out.bias wants shape \[64\], .* gives \[3\]"),
+        ({"a": torch.zeros(1)}, None, "not in the authors' released format"),
+        (tmp_path, None, "found none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_authors_checkpoint(source, strategy)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        load_authors_checkpoint(tmp_path / "absent.safetensors")
