@@ -3,6 +3,17 @@
 from sr_model.convert import load_authors_checkpoint
 from sr_model.dit import DiT, build
 from sr_model.fusion import STRATEGIES
+from sr_model.pipeline import SemanticRoutingPipeline
+from sr_model.text_encoder import TextEncoder
 from sr_model.text_features import TextFeatures, TextKV
 
-__all__ = ["STRATEGIES", "DiT", "TextFeatures", "TextKV", "build", "load_authors_checkpoint"]
+__all__ = [
+    "STRATEGIES",
+    "DiT",
+    "SemanticRoutingPipeline",
+    "TextEncoder",
+    "TextFeatures",
+    "TextKV",
+    "build",
+    "load_authors_checkpoint",
+]

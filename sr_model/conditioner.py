@@ -1,4 +1,4 @@
-"""The conditioner: text features and fusion weights -> keys and values of every block's cross-attention, in one step."""
+"""The conditioner: text features and fusion weights -> keys and values of every block, in one batched step."""
 
 from __future__ import annotations
 

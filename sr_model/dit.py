@@ -159,7 +159,7 @@ class DiT(ModelMixin, ConfigMixin):
         for block, k, v in zip(self.blocks, kv.k.unbind(0), kv.v.unbind(0), strict=True):
             arguments = (h, k, v, angles, cu_q, kv.cu_seqlens, kv.max_len)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = self._gradient_checkpointing_func(block, *arguments)  # type: ignore[attr-defined]
+                h = self._gradient_checkpointing_func(block, *arguments)
             else:
                 h = block(*arguments)
         out = self.proj_out(self.norm_out(h))  # [B, N, p*p*channels]

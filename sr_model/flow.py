@@ -32,5 +32,5 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def logit_normal_times(normal: Tensor, shift: float, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Training times from standard normal draws [B]: sigma = sigmoid(mean + std n), shifted; returned as t in (0, 1)."""
+    """Training times t in (0, 1) from normal draws [B]: sigma = sigmoid(mean + std n), then the shift."""
     return sigma_of(shift_sigma(torch.sigmoid(mean + std * normal), shift))

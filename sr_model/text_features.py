@@ -1,4 +1,4 @@
-"""What the frozen LLM hands the model: the batch's real tokens at every asked-for layer, packed, with their statistics."""
+"""What the frozen LLM hands the model: the real tokens at every asked-for layer, packed, with their statistics."""
 
 from __future__ import annotations
 

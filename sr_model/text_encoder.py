@@ -1,0 +1,189 @@
+"""The frozen text encoder: any Hugging Face causal LM (or the language model inside a vision-language one).
+
+- packed: no padding is computed; attention runs through `sr_kernels.varlen_attention`
+- no LM head is loaded, no layer above the highest one asked for is run
+- prompts already seen come from a bounded cache keyed by their tokens
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from sr_kernels import varlen_attention
+from sr_model.text_features import TextFeatures
+
+ATTENTION = "sr_varlen"  # our name in transformers' attention registry
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface on packed sequences: [1, heads, T, hd] in, [1, T, heads, hd] out."""
+    if scaling is not None:  # varlen_attention scales by hd^-0.5
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    return varlen_attention(q, k, v, cu, cu, longest, longest, causal=True)[None], None
+
+
+AttentionInterface.register(ATTENTION, _packed_attention)
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The decoder stack: a vision-language model's `language_model`, else the model itself.
+
+    Raises: ValueError when there is no `layers` list (not a decoder-only LLM).
+    """
+    for candidate in (getattr(model, "language_model", None), getattr(model, "model", None), model):
+        if isinstance(candidate, nn.Module) and isinstance(getattr(candidate, "layers", None), nn.ModuleList):
+            return candidate
+    raise ValueError(f"llm: wanted a decoder-only language model with a list of layers, got {type(model).__name__}")
+
+
+class TextEncoder:
+    """Prompts -> TextFeatures.
+
+    Args:
+        llm: a transformers model; frozen and set to our attention here.
+        tokenizer: its tokenizer.
+        layer_ids: hidden states to return, 1..num_layers (default all): n is the output of layer n, the last one after
+            the final norm.
+        template: text put before every prompt; a dropped prompt is the template alone.
+        max_tokens: longer prompts are cut and counted in `truncated`.
+        cache_bytes: memory the cache of encoded prompts may hold; 0 turns it off.
+
+    Raises: ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        layer_ids: Sequence[int] | None = None,
+        template: str = "",
+        max_tokens: int = 512,
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
+        self.llm = language_model(llm).eval().requires_grad_(False)
+        self.llm.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        self.tokenizer = tokenizer
+        self.num_layers: int = len(self.llm.layers)  # type: ignore[arg-type]
+        self.layer_ids = tuple(range(1, self.num_layers + 1)) if layer_ids is None else tuple(layer_ids)
+        if not self.layer_ids or min(self.layer_ids) < 1 or max(self.layer_ids) > self.num_layers:
+            raise ValueError(f"layer_ids: wanted ids in 1..{self.num_layers}, got {list(self.layer_ids)}")
+        self.template, self.max_tokens, self.cache_bytes = template, max_tokens, cache_bytes
+        self.truncated = 0  # prompts cut at max_tokens so far
+        self.encoded = 0  # prompts that went through the LLM so far
+        self._cache: OrderedDict[tuple[int, ...], TextFeatures] = OrderedDict()
+        self._cached_bytes = 0
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> TextEncoder:
+        """From a Hugging Face model name or folder; `kwargs` as in the constructor."""
+        llm = AutoModel.from_pretrained(path, dtype=dtype or "auto")
+        return cls(language_model(llm).to(device), AutoTokenizer.from_pretrained(path), **kwargs)
+
+    @property
+    def text_dim(self) -> int:
+        """Width C of the hidden states."""
+        return int(self.llm.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def tokenize(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of template + prompt, cut at max_tokens; never empty (the pad or end token stands in)."""
+        if isinstance(prompts, str):
+            raise TypeError("prompts: wanted a list of strings, got one string")
+        rows = self.tokenizer([self.template + prompt for prompt in prompts])["input_ids"]
+        self.truncated += sum(len(row) > self.max_tokens for row in rows)
+        spare = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        return [tuple(row[: self.max_tokens]) or (int(spare),) for row in rows]
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        """Features of the prompts in their order, on the LLM's device and in its dtype; without gradient."""
+        tokens = self.tokenize(prompts)
+        if not self.cache_bytes:
+            return self.encode_tokens(tokens)
+        missing = [row for row in dict.fromkeys(tokens) if row not in self._cache]
+        fresh = dict(zip(missing, self.encode_tokens(missing).split(), strict=True)) if missing else {}
+        batch = []
+        for row in tokens:
+            if row in self._cache:
+                self._cache.move_to_end(row)
+            batch.append(fresh[row] if row in fresh else self._cache[row])
+        for row, features in fresh.items():
+            self._keep(row, features)
+        return TextFeatures.cat(batch)
+
+    def _keep(self, row: tuple[int, ...], features: TextFeatures) -> None:
+        self._cache[row] = features.clone()
+        self._cached_bytes += features.nbytes
+        while self._cached_bytes > self.cache_bytes:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: Sequence[tuple[int, ...]]) -> TextFeatures:
+        """Features of token rows, all in one packed sequence; past the cache."""
+        device = next(self.llm.parameters()).device
+        lengths = [len(row) for row in tokens]
+        flat = torch.tensor([i for row in tokens for i in row], device=device)
+        positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                kept[layer] = (output[0] if isinstance(output, tuple) else output)[0]  # [T, C]
+
+            return hook
+
+        # hidden state n is the output of layer n, but the last one is taken after the final norm
+        handles = [
+            (self.llm.norm if i == self.num_layers else self.llm.layers[i - 1]).register_forward_hook(keep(i))
+            for i in self.layer_ids
+        ]
+        layers = self.llm.layers
+        self.llm.layers = layers[: max(self.layer_ids)]  # type: ignore[index]
+        try:
+            self.llm(
+                input_ids=flat[None],
+                position_ids=positions[None],
+                use_cache=False,
+                cu_seq_lens_q=bounds,
+                cu_seq_lens_k=bounds,
+                max_length_q=max(lengths),
+                max_length_k=max(lengths),
+            )
+        finally:
+            self.llm.layers = layers
+            for handle in handles:
+                handle.remove()
+        self.encoded += len(tokens)
+        return TextFeatures.pack(tuple(kept[i] for i in self.layer_ids), lengths, self.layer_ids)
+
+
+def llm_layers(path: str | Path) -> tuple[int, int]:
+    """(number of layers, hidden size) of a Hugging Face model folder, from its config.json alone.
+
+    Raises: FileNotFoundError, KeyError.
+    """
+    config = json.loads((Path(path) / "config.json").read_text())
+    config = config.get("text_config", config)
+    return config["num_hidden_layers"], config["hidden_size"]
