@@ -47,7 +47,7 @@ class Conditioner(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.embed.weight, std=0.02)
-        for weight in self.kv_weight:  # per projection, so that the fans are those of one Linear
+        for weight in self.kv_weight.detach().unbind():  # per projection, so that the fans are those of one Linear
             for half in weight.chunk(2):
                 nn.init.xavier_uniform_(half)
         nn.init.ones_(self.k_norm)

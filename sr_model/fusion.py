@@ -70,7 +70,7 @@ class TimeGate(nn.Module):
         return z.softmax(-1)  # [B, rows, L]
 
     def reset_parameters(self) -> None:
-        for weight in self.in_weight:  # per gate, so that the fans are those of one Linear
+        for weight in self.in_weight.detach().unbind():  # per gate, so that the fans are those of one Linear
             nn.init.xavier_uniform_(weight)
         for parameter in (self.in_bias, self.out_weight, self.out_bias):
             nn.init.zeros_(parameter)
