@@ -56,7 +56,7 @@ def _boxes(rng: np.random.Generator, prompt: Prompt, members: list[tuple[str, st
     if members[0][2].size == "large":
         mirror, upright = rng.integers(2, size=2)
         boxes = [
-            (0.31 + rng.uniform(-0.02, 0.02), rng.uniform(0.36, 0.64), rng.uniform(0.46, 0.50)),
+            (0.30 + rng.uniform(-0.02, 0.02), rng.uniform(0.36, 0.64), rng.uniform(0.46, 0.50)),
             (0.80 + rng.uniform(-0.02, 0.02), rng.uniform(0.30, 0.70), rng.uniform(0.25, 0.28)),
         ]
         boxes = [(1 - x if mirror else x, y, size) for x, y, size in boxes]

@@ -28,7 +28,7 @@ from train.shapes.scene import (
 )
 
 REJECT_DISTANCE = 60.0  # in RGB units of 0..255; an edge's mixed colours stay further than this from third colours
-MIN_OVERLAP = 0.72  # of a silhouette with its best template, intersection over union; truth is above it by a test
+MIN_OVERLAP = 0.78  # of a silhouette with its best template, intersection over union; drawn shapes have > 0.85
 MIN_AREA = 0.008  # of the picture; smaller components are specks
 MAX_REJECTED = 0.40  # of the picture; more pixels of no palette colour make it noise
 FAINT = 0.25  # a pixel less covered than this is no part of a silhouette
