@@ -132,7 +132,8 @@ def _fit(mask: np.ndarray) -> tuple[str | None, float, float, float, float]:
 
 def _labels(image: np.ndarray) -> np.ndarray:
     """The index in _NAMES of every pixel's nearest palette colour, -1 where none is near: int64 [H, W]."""
-    distance = ((image[:, :, None, :] - _PALETTE) ** 2).sum(axis=3)
+    # |p - c|^2 term by term, which makes no [H, W, colours, 3] array.
+    distance = (image**2).sum(axis=2)[:, :, None] - 2 * (image @ _PALETTE.T) + (_PALETTE**2).sum(axis=1)
     labels = distance.argmin(axis=2)
     labels[distance.min(axis=2) > REJECT_DISTANCE**2] = -1
     return labels
@@ -151,6 +152,12 @@ def _has_core(mask: np.ndarray) -> bool:
     return bool((mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]).any())
 
 
+def _dilate(mask: np.ndarray, reach: int) -> np.ndarray:
+    """True wherever the mask is within `reach` rows."""
+    padded = np.pad(mask, ((reach, reach), (0, 0)))
+    return np.any([padded[i : i + mask.shape[0]] for i in range(2 * reach + 1)], axis=0)
+
+
 def _blob(image: np.ndarray, labels: np.ndarray, member: np.ndarray, ground_label: int) -> _Blob:
     """One component with the pixels at its edge, which count by how far their colour is from the ground's to its own.
 
@@ -161,10 +168,7 @@ def _blob(image: np.ndarray, labels: np.ndarray, member: np.ndarray, ground_labe
     top, left = max(0, rows[0] - reach), max(0, columns[0] - reach)
     window = (slice(top, rows[-1] + 1 + reach), slice(left, columns[-1] + 1 + reach))
     inner = member[window]
-    height, width = inner.shape
-    padded = np.pad(inner, reach)
-    shifts = range(2 * reach + 1)
-    near = np.any([padded[i : i + height, j : j + width] for i in shifts for j in shifts], axis=0)
+    near = _dilate(_dilate(inner, reach).T, reach).T
     ground = image[labels == ground_label].mean(axis=0)
     step = image[member].mean(axis=0) - ground
     cover = np.clip((image[window] - ground) @ step / (step @ step), 0, 1)
