@@ -1,0 +1,373 @@
+"""The run's configuration: frozen dataclasses, YAML presets, every field a flag.
+
+Defaults are the paper's (Section 4.1). A preset in train/configs replaces some, flags replace more. Nothing here
+imports torch, so that --help and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+Strategy = Literal["b1", "b2", "b3", "s1", "s2", "s3"]
+PRESET_FOLDER = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it and what is wanted, in one line."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The DiT's size.
+
+    Args:
+        size: a model preset of sr_model: paper or demo.
+        depth: number of blocks; None keeps the preset's, here and below.
+        hidden_size: width of the residual stream.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: width of a head.
+        mlp_size: inner width of the SwiGLU.
+        patch_size: side of a patch, in latent pixels.
+    """
+
+    size: str = "paper"
+    depth: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_size: int | None = None
+    patch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The frozen LLM.
+
+    Args:
+        llm: a Hugging Face name or folder, or "smollm2" for the one that comes as a Python package.
+        template: text before every caption; a dropped prompt is the template alone.
+        max_tokens: captions are cut at this many tokens, and counted.
+        cache_mb: memory for features of captions already seen, in MiB; 0 turns it off.
+    """
+
+    llm: str = "Qwen/Qwen3-VL-4B-Instruct"
+    template: str = "Describe this image."
+    max_tokens: int = 512
+    cache_mb: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images and captions, as MDS shards.
+
+    Args:
+        path: folder with the splits train/ and val/, as `python -m train.prepare` writes them.
+        image_size: side in pixels; the shards' images must have it.
+        workers: loader processes of each rank; 0 reads in the training process.
+        vae: a Hugging Face name or folder of a diffusers AutoencoderKL, or "pixels" for none.
+        shapes_samples: build the shapes corpus of this many pictures at `path` if nothing is there; 0 never does.
+        shapes_captions: how many different captions that corpus has.
+    """
+
+    path: str = "data/train"
+    image_size: int = 256
+    workers: int = 4
+    vae: str = "stabilityai/stable-diffusion-3-medium-diffusers"
+    shapes_samples: int = 0
+    shapes_captions: int = 600
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW.
+
+    Args:
+        lr: peak learning rate.
+        betas: AdamW's betas.
+        weight_decay: decoupled weight decay.
+        warmup_steps: linear warm-up from 0.
+        schedule: constant, or cosine down to a twentieth of lr at the last step.
+        clip: gradient norm to clip at.
+        ema: decay of the weights' moving average, a step.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: float = 1.0
+    ema: float = 0.9999
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Flow matching and prompt drop.
+
+    Args:
+        shift: SD3's shift of noise levels, on training draws and on the sampling schedule alike.
+        logit_mean: mean of the logit-normal noise level, before the shift.
+        logit_std: its standard deviation.
+        prompt_drop: share of samples trained without their caption.
+    """
+
+    shift: float = 3.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    prompt_drop: float = 0.1
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured and drawn on the way and at the end, with the averaged weights.
+
+    Args:
+        every: steps between validations; 0 only at the first and last step.
+        val_samples: validation samples, each at t = 0.1, 0.2 ... 0.9 with fixed noise.
+        prompts: a .txt (one prompt a line) or .jsonl file (key "caption"); default: the corpus's prompts.jsonl.
+        grid: pictures in the sample grid.
+        score: prompts that are drawn and scored at the end, where the prompts file tells what they assert; 0 for none.
+        steps: sampling steps.
+        guidance: classifier-free guidance scale.
+        batch_size: pictures drawn at a time.
+    """
+
+    every: int = 5000
+    val_samples: int = 512
+    prompts: str | None = None
+    grid: int = 36
+    score: int = 0
+    steps: int = 50
+    guidance: float = 6.0
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a diffusion transformer conditioned on every layer of a frozen LLM.
+
+    Args:
+        strategy: how the LLM's layers are fused (see the README's table).
+        out: folder of the run; default runs/PRESET-STRATEGY.
+        preset: the preset this configuration started from.
+        resume: continue from the newest checkpoint in `out` if there is one; false refuses a folder that holds a run.
+        seed: of everything drawn: weights, order, noise, times, dropped prompts.
+        steps: optimiser steps.
+        stop_at: end (with a checkpoint) after this step, as if interrupted; the schedule still spans `steps`.
+        batch_size: samples in an optimiser step, over all ranks.
+        micro_batch_size: samples in one forward pass of one rank; default: no gradient accumulation.
+        zero: DeepSpeed ZeRO stage.
+        dtype: of the DiT; fp32 masters are kept under bf16. auto: bf16 where the device is fast at it.
+        gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more time.
+        log_every: steps between progress lines.
+        checkpoint_every: steps between checkpoints; there is always one at the end.
+        keep_checkpoints: how many of the newest are kept.
+        export: write a diffusers pipeline folder at the end.
+        model: the DiT's size.
+        text: the frozen LLM.
+        data: images and captions.
+        optim: the optimiser.
+        flow: flow matching.
+        eval: validation and pictures.
+    """
+
+    strategy: Strategy = "s2"
+    out: str | None = None
+    preset: str = "paper-256"
+    resume: bool = True
+    seed: int = 0
+    steps: int = 500_000
+    stop_at: int | None = None
+    batch_size: int = 512
+    micro_batch_size: int | None = None
+    zero: Literal[0, 1, 2, 3] = 2
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    log_every: int = 50
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 3
+    export: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.out or f"runs/{self.preset}-{self.strategy}")
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `--config FILE` reads it back."""
+        plain = asdict(self)
+        plain["optim"]["betas"] = list(plain["optim"]["betas"])
+        return yaml.safe_dump(plain, sort_keys=False)
+
+
+def presets() -> list[str]:
+    """Names of the presets in train/configs."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="deepspeed train/run.py",
+        exit_on_error=False,
+        description="Train a diffusion transformer conditioned on every layer of a frozen LLM. With no flag but "
+        f"--strategy it runs the embedded demo. Presets: {', '.join(presets())}.",
+        epilog="Exit codes: 0 finished, 1 failed, 2 a setting cannot be used.",
+    )
+    parser.add_argument("--config", action="config", help="a YAML file of settings, such as a run's config.yaml")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_class_arguments(Config, as_group=False)
+    return parser
+
+
+def parse(argv: list[str]) -> Config:
+    """Configuration from flags: preset, then --config files, then single flags.
+
+    Raises: ConfigError in one line; SystemExit after --help.
+    """
+    argv = list(argv)
+    name = "demo"
+    for i, word in enumerate(argv):
+        if word == "--preset" and i + 1 < len(argv):
+            name = argv[i + 1]
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+    if name not in presets():
+        raise ConfigError(f"preset: wanted one of {', '.join(presets())}, got {name!r}")
+    parser = _parser()
+    known = {action.dest for action in parser._actions}
+    for word in argv:
+        flag = word.partition("=")[0]
+        if re.match(r"--[a-z]", flag) and flag.removeprefix("--").replace("-", "_") not in known | {"help"}:
+            near = difflib.get_close_matches(flag.removeprefix("--"), known, 1)
+            hint = f", did you mean --{near[0]}?" if near else ", see --help"
+            raise ConfigError(f"{flag}: unknown flag{hint}")
+    try:
+        namespace = parser.parse_args(["--config", str(PRESET_FOLDER / f"{name}.yaml"), *argv])
+        values = parser.instantiate_classes(namespace).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from None
+    names = {f.name for f in fields(Config)}
+    config = Config(**{k: _build(k, v) for k, v in values.items() if k in names})
+    validate(config)
+    return config
+
+
+def _build(name: str, value: Any) -> Any:
+    """A section's dataclass from a plain dict (jsonargparse gives either)."""
+    section = {f.name: f.default_factory for f in fields(Config) if f.name in SECTIONS}.get(name)
+    if section is None or is_dataclass(value):
+        return value
+    return section(**value)  # type: ignore[misc]
+
+
+SECTIONS = ("model", "text", "data", "optim", "flow", "eval")
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message in one line and in this project's form: NAME: wanted ..., got ..."""
+    line = re.sub(r"[\s-]+", " ", message)
+    if found := re.search(r'Parser key "([\w.]+)":? Expected a (.*)\. Got value: (.*)$', line):
+        name, wanted, got = found.groups()
+        if wanted.startswith("typing.Literal"):
+            wanted = "one of " + wanted[wanted.index("[") + 1 : -1].replace("'", "")
+        else:
+            wanted = {"float": "a number", "int": "a whole number", "bool": "true or false"}.get(
+                re.sub(r"<class '(\w+)'>", r"\1", wanted), wanted
+            )
+        return f"{name}: wanted {wanted}, got {got}"
+    return line.strip()
+
+
+def validate(config: Config) -> None:
+    """Check every value that can be checked without loading anything. Raises: ConfigError."""
+
+    def want(ok: bool, name: str, wanted: str) -> None:
+        if not ok:
+            value: Any = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{name}: wanted {wanted}, got {value}")
+
+    def positive(name: str, value: float | None) -> None:
+        want(value is None or (math.isfinite(value) and value > 0), name, "a finite number above 0")
+
+    def share(name: str, value: float, top: float = 1.0) -> None:
+        want(math.isfinite(value) and 0 <= value <= top, name, f"a number from 0 to {top:g}")
+
+    optim, flow, ev = config.optim, config.flow, config.eval
+    for name, value in (
+        ("steps", config.steps),
+        ("stop_at", config.stop_at),
+        ("batch_size", config.batch_size),
+        ("micro_batch_size", config.micro_batch_size),
+        ("log_every", config.log_every),
+        ("checkpoint_every", config.checkpoint_every),
+        ("keep_checkpoints", config.keep_checkpoints),
+        ("optim.lr", optim.lr),
+        ("optim.clip", optim.clip),
+        ("flow.shift", flow.shift),
+        ("flow.logit_std", flow.logit_std),
+        ("text.max_tokens", config.text.max_tokens),
+        ("data.image_size", config.data.image_size),
+        ("data.shapes_captions", config.data.shapes_captions),
+        ("eval.val_samples", ev.val_samples),
+        ("eval.grid", ev.grid),
+        ("eval.steps", ev.steps),
+        ("eval.batch_size", ev.batch_size),
+        *((f"model.{f.name}", getattr(config.model, f.name)) for f in fields(ModelConfig) if f.name != "size"),
+    ):
+        positive(name, value)
+    for name, count in (
+        ("seed", config.seed),
+        ("optim.warmup_steps", optim.warmup_steps),
+        ("text.cache_mb", config.text.cache_mb),
+        ("data.workers", config.data.workers),
+        ("data.shapes_samples", config.data.shapes_samples),
+        ("eval.every", ev.every),
+        ("eval.score", ev.score),
+    ):
+        want(count >= 0, name, "0 or more")
+    share("optim.weight_decay", optim.weight_decay)
+    share("optim.ema", optim.ema)
+    share("flow.prompt_drop", flow.prompt_drop)
+    want(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers from 0 to below 1")
+    want(math.isfinite(flow.logit_mean), "flow.logit_mean", "a finite number")
+    want(math.isfinite(ev.guidance) and ev.guidance >= 1, "eval.guidance", "a finite number of at least 1")
+    if config.data.shapes_samples:
+        want(
+            config.data.shapes_captions <= config.data.shapes_samples,
+            "data.shapes_captions",
+            f"at most data.shapes_samples={config.data.shapes_samples}",
+        )
+    elif not (Path(config.data.path) / "train" / "index.json").is_file():
+        raise ConfigError(
+            f"data.path: wanted a folder with train/index.json, found none in {config.data.path!r}; "
+            "`python -m train.prepare --help` tells how to make one"
+        )
+    if ev.prompts is not None and not Path(ev.prompts).is_file():
+        raise ConfigError(f"eval.prompts: wanted a .txt or .jsonl file, found none at {ev.prompts!r}")
+
+
+def fail(error: Exception) -> int:
+    """Print the error once (on the first rank of a node) in one line; the exit code for a bad setting."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return 2

@@ -1,0 +1,404 @@
+"""The training loop: features, noised latents, velocity loss, DeepSpeed step; validation, checkpoints, the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sr_model import DiT, TextEncoder, build
+from sr_model.codec import PixelCodec, VaeCodec
+from sr_model.dit import parameter_count
+from sr_model.flow import interpolate, logit_normal_times, velocity
+from sr_model.presets import PRESETS
+from sr_model.text_encoder import llm_layers
+from train import checkpoint, embedded_llm, preflight
+from train.config import Config, ConfigError
+from train.data import TrainLoader
+from train.distributed import Ranks, fast_bf16, start
+from train.draws import draw
+from train.engine import Ema, build_engine
+from train.evaluate import Evaluator, score_table
+from train.pictures import loss_curve, sample_grid
+from train.runlog import PARTS, Clock, RunLog
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is NaN or infinite on some rank; the weights are those of the step before."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    config: Config
+    ranks: Ranks
+    dtype: torch.dtype
+    encoder: TextEncoder
+    codec: PixelCodec | VaeCodec
+    engine: Any
+    ema: Ema
+    loader: TrainLoader
+
+
+def model_sizes(config: Config) -> dict[str, Any]:
+    """Arguments that replace the model preset's. Raises: ConfigError for an unknown preset or a bad image size."""
+    if config.model.size not in PRESETS:
+        raise ConfigError(f"model.size: wanted one of {', '.join(PRESETS)}, got {config.model.size!r}")
+    return {k: v for k, v in asdict(config.model).items() if k != "size" and v is not None}
+
+
+def check_image_size(config: Config, factor: int) -> None:
+    """Raises: ConfigError when the image side is not a multiple of the VAE's factor times the patch."""
+    patch = config.model.patch_size or PRESETS[config.model.size]["patch_size"]
+    if config.data.image_size % (patch * factor):
+        raise ConfigError(
+            f"data.image_size: wanted a multiple of {patch * factor} (patch {patch} x latent factor {factor}), "
+            f"got {config.data.image_size}"
+        )
+
+
+def load_codec(config: Config, ranks: Ranks, dtype: torch.dtype) -> PixelCodec | VaeCodec:
+    """Pixels, or the VAE (from its own folder or a pipeline's `vae` subfolder). Raises: ConfigError."""
+    if config.data.vae == "pixels":
+        return PixelCodec()
+    from diffusers import AutoencoderKL
+
+    try:
+        nested = Path(config.data.vae).is_dir() and (Path(config.data.vae) / "config.json").is_file()
+        vae = AutoencoderKL.from_pretrained(config.data.vae, subfolder=None if nested else "vae", torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.vae: wanted a diffusers AutoencoderKL or 'pixels': {error}") from None
+    return VaeCodec(vae.to(ranks.device))
+
+
+def load_encoder(config: Config, ranks: Ranks, dtype: torch.dtype, layer_ids: tuple[int, ...] | None) -> TextEncoder:
+    """The frozen LLM on the device. Raises: ConfigError."""
+    path: str | Path = config.text.llm
+    try:
+        if config.text.llm == embedded_llm.NAME:
+            path = embedded_llm.converted()
+        return TextEncoder.from_pretrained(
+            path,
+            device=ranks.device,
+            dtype=dtype,
+            layer_ids=layer_ids,
+            template=config.text.template,
+            max_tokens=config.text.max_tokens,
+            cache_bytes=config.text.cache_mb << 20,
+        )
+    except (OSError, ValueError) as error:
+        message = str(error).splitlines()[0].removeprefix("text.llm: ")
+        raise ConfigError(f"text.llm: {message}") from None
+
+
+def assemble(config: Config, ranks: Ranks, say: Any) -> tuple[Parts, Evaluator]:
+    """Everything a run needs, checked cheapest first. Raises: ConfigError."""
+    sizes = model_sizes(config)
+    if config.data.vae == "pixels":
+        check_image_size(config, 1)
+    if config.data.shapes_samples and ranks.first:
+        from train.prepare import prepare_shapes
+
+        try:
+            prepare_shapes(
+                config.data.path,
+                samples=config.data.shapes_samples,
+                captions=config.data.shapes_captions,
+                size=config.data.image_size,
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.path: {error}") from None
+    ranks.barrier()
+    dtype = torch.float32
+    if config.dtype == "bf16" or (config.dtype == "auto" and fast_bf16(ranks.device)):
+        dtype = torch.bfloat16
+    with torch.device("meta"):
+        shape = build(config.strategy, config.model.size, **sizes)
+    codec = load_codec(config, ranks, dtype)
+    check_image_size(config, codec.factor)
+    if codec.channels != shape.config.in_channels:
+        raise ConfigError(
+            f"data.vae: wanted {shape.config.in_channels} latent channels for model.size {config.model.size!r}, "
+            f"got {codec.channels}"
+        )
+    if Path(config.text.llm).is_dir():
+        check_llm(shape, *llm_layers(config.text.llm))
+    encoder = load_encoder(config, ranks, dtype, shape.layer_ids)
+    check_llm(shape, encoder.num_layers, encoder.text_dim)
+    for line in preflight.check(
+        config, ranks, parameter_count(shape), dtype,
+        f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.layer_ids)} read",
+    ):  # fmt: skip
+        say(line)
+
+    def new_model() -> DiT:
+        torch.manual_seed(config.seed)
+        return build(config.strategy, config.model.size, **sizes)
+
+    model = new_model().to(ranks.device)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    engine = build_engine(model, config, ranks.world, dtype == torch.bfloat16)
+    ema = Ema(engine, config.optim.ema)
+    micro = engine.train_micro_batch_size_per_gpu()
+    loader = TrainLoader(
+        Path(config.data.path) / "train", config.data.image_size, micro, config.data.workers, config.seed
+    )
+    evaluator = Evaluator(config, ranks, new_model, dtype, encoder, codec)
+    return Parts(config, ranks, dtype, encoder, codec, engine, ema, loader), evaluator
+
+
+def check_llm(shape: DiT, layers: int, width: int) -> None:
+    """Raises: ConfigError when the LLM is not the one the DiT is made for."""
+    wanted = (shape.config.text_layers, shape.config.text_dim)
+    if (layers, width) != wanted:
+        raise ConfigError(
+            f"text.llm: wanted {wanted[0]} layers of width {wanted[1]} for this model, got {layers} of {width}"
+        )
+
+
+def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> tuple[float, int]:
+    """One optimiser step over its micro-batches: (mean loss over all ranks, text tokens of this rank).
+
+    Raises: NonFiniteLoss on all ranks together, before the weights change.
+    """
+    config, ranks, engine = parts.config, parts.ranks, parts.engine
+    micro_steps = engine.gradient_accumulation_steps()
+    losses, tokens = [], 0
+    for micro_step in range(micro_steps):
+        with clock.part("data"):
+            images, captions = next(batches)
+        first = (micro_step * ranks.world + ranks.rank) * len(captions)
+        with clock.part("vae"):
+            size = (images.shape[2], images.shape[3])
+            draws = draw(config.seed, step, range(first, first + len(captions)), parts.codec.latent_shape(*size))
+            pixels = images.to(ranks.device, non_blocking=True).float() / 127.5 - 1
+            data = parts.codec.encode(pixels, draws.posterior).float()
+        with clock.part("llm"):
+            drop = draws.dropped(config.flow.prompt_drop)
+            text = parts.encoder.encode(["" if d else c for d, c in zip(drop, captions, strict=True)])
+            tokens += text.cu_seqlens_host[-1]
+        with clock.part("dit"):
+            noise = draws.noise.to(ranks.device)
+            t = logit_normal_times(draws.normal, config.flow.shift, config.flow.logit_mean, config.flow.logit_std)
+            t = t.to(ranks.device)
+            v = engine(interpolate(data, noise, t).to(parts.dtype), t, text)
+            loss = (v.float() - velocity(data, noise)).square().mean()
+            losses.append(loss.detach())
+            if not all_finite(losses[-1], ranks):
+                raise NonFiniteLoss(f"loss: not finite at step {step + 1}; the weights of step {step} are untouched")
+            engine.backward(loss)
+        with clock.part("optimizer"):
+            engine.step()
+    with clock.part("optimizer"):
+        parts.ema.update()
+    mean = torch.stack(losses).mean()
+    if ranks.world > 1:
+        torch.distributed.all_reduce(mean)
+        mean /= ranks.world
+    return mean.item(), tokens
+
+
+def all_finite(value: Tensor, ranks: Ranks) -> bool:
+    """Whether the value is finite on every rank. A collective call."""
+    bad = (~torch.isfinite(value)).float().view(1)
+    if ranks.world > 1:
+        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
+    return bad.item() == 0
+
+
+def train(config: Config) -> int:
+    """Run the training program; 0 when it finished or was stopped where asked.
+
+    Raises: ConfigError for a setting that cannot be used, NonFiniteLoss.
+    """
+    ranks = start()
+    folder, checkpoints = config.folder, config.folder / "checkpoints"
+    target = min(config.steps, config.stop_at or config.steps)
+    found = checkpoint.newest(checkpoints)
+    if found is not None and not config.resume:
+        raise ConfigError(
+            f"out: {folder} holds a run already; give another --out, or drop --resume false to continue it"
+        )
+    summary = folder / "summary.json"
+    if summary.is_file() and found is not None and same_run(config, folder):
+        if ranks.first:
+            print(f"This run finished before; reusing {folder}. Give another --out, or delete it, to train again.")
+            print_summary(json.loads(summary.read_text()))
+        return 0
+
+    def say(line: str) -> None:
+        if ranks.first:
+            print(line, flush=True)
+
+    parts, evaluator = assemble(config, ranks, say)
+    step, data_samples = 0, 0
+    first_losses: dict[str, float] = {}
+    if found is not None:
+        state = checkpoint.load(found, parts.engine, parts.ema, ranks)
+        step, first_losses, data_samples = state["step"], state["first"], state["samples"]
+        parts.loader.load_state_dict(state["loader"])
+        say(f"resume     {found}, step {step}")
+    elif ranks.first:
+        (folder / "config.yaml").write_text(config.to_yaml())
+    log = RunLog(folder, ranks.first, config.steps, step)
+    clock = Clock(ranks.device)
+    batches = iter(parts.loader)
+    if step == 0:
+        losses = evaluator.validate(evaluator.model(parts.ema.full_state()))
+        first_losses = {"val_loss": losses["val_loss"]}
+        log.write({"step": 0, **losses})
+        log.say(f"step 0     validation loss {losses['val_loss']:.4f}")
+    since, window, began, trained = step, [], time.perf_counter(), step
+    spent = dict.fromkeys(PARTS, 0.0)
+    seconds = 0.0
+    while step < target:
+        loss, tokens = training_step(parts, step, batches, clock)
+        step += 1
+        data_samples += config.batch_size
+        window.append((loss, tokens))
+        first_losses.setdefault("loss", loss)
+        log.advance(step)
+        if step % config.log_every == 0 or step == target:
+            elapsed = time.perf_counter() - began
+            split = clock.read()
+            seconds += elapsed
+            spent = {part: spent[part] + split[part] for part in PARTS}
+            report(log, parts, step, window, elapsed, split, config.batch_size * (step - since))
+            since, window = step, []
+            began = time.perf_counter()
+        at_end = step == target
+        if (config.eval.every and step % config.eval.every == 0) or at_end:
+            model = evaluator.model(parts.ema.full_state())
+            losses = evaluator.validate(model)
+            log.write({"step": step, **losses})
+            log.say(f"step {step}  validation loss {losses['val_loss']:.4f} (with averaged weights)")
+            if ranks.first and not at_end:
+                draw_grid(evaluator, model, folder / "samples" / f"step-{step:07d}.png", log, step)
+            ranks.barrier()
+            began = time.perf_counter()
+        if step % config.checkpoint_every == 0 or at_end:
+            extra = {"loader": parts.loader.state_dict(), "first": first_losses, "samples": data_samples}
+            path = checkpoint.save(checkpoints, step, parts.engine, parts.ema, ranks, extra, config.keep_checkpoints)
+            log.say(f"step {step}  checkpoint {path}")
+            began = time.perf_counter()
+    if target < config.steps:
+        say(f"stopped at step {step} of {config.steps}; the same command without --stop_at continues")
+    else:
+        finish(evaluator, parts, log, step - trained, seconds, spent, first_losses)
+    log.close()
+    return 0
+
+
+def report(
+    log: RunLog, parts: Parts, step: int, window: list[tuple[float, int]], elapsed: float, split: dict[str, float],
+    samples: int,
+) -> None:  # fmt: skip
+    """The progress line and the row of the last `window` steps."""
+    config = parts.config
+    loss = math.fsum(x for x, _ in window) / len(window)
+    rate = samples / elapsed
+    left = (config.steps - step) * elapsed / len(window)
+    norm = parts.engine.get_global_grad_norm()
+    row = {
+        "step": step,
+        "loss": loss,
+        "lr": parts.engine.get_lr()[0],
+        "grad_norm": float(norm) if norm is not None else None,
+        "images_per_s": rate,
+        "text_tokens_per_image": sum(t for _, t in window) * parts.ranks.world / samples,
+        "truncated_captions": parts.encoder.truncated,
+        "encoded_captions": parts.encoder.encoded,
+        **{f"seconds_{part}": seconds / len(window) for part, seconds in split.items()},
+    }
+    log.write(row)
+    cut = f", {parts.encoder.truncated} captions cut" if parts.encoder.truncated else ""
+    log.say(
+        f"step {step}/{config.steps}  loss {loss:.4f}  {rate:.1f} images/s  ETA {left / 60:.1f} min  "
+        f"data wait {100 * split['data'] / elapsed:.1f}%  llm {100 * split['llm'] / elapsed:.0f}%{cut}"
+    )
+
+
+def draw_grid(evaluator: Evaluator, model: DiT, path: Path, log: RunLog, step: int) -> None:
+    """The same prompts, drawn from the same noise, as a PNG."""
+    from train.evaluate import interleave
+
+    captions = [p.caption for p in interleave(evaluator.prompts)[: evaluator.config.eval.grid]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sample_grid(evaluator.sample(model, captions), captions, path)
+    log.picture(path, step)
+    log.say(f"step {step}  pictures {path}")
+
+
+def finish(
+    evaluator: Evaluator, parts: Parts, log: RunLog, steps: int, seconds: float, spent: dict[str, float],
+    first: dict[str, float],
+) -> None:  # fmt: skip
+    """Pictures, score, pipeline and summary of a finished run."""
+    config, folder = parts.config, parts.config.folder
+    model = evaluator.model(parts.ema.full_state())
+    if not parts.ranks.first:
+        parts.ranks.barrier()
+        return
+    draw_grid(evaluator, model, folder / "samples.png", log, config.steps)
+    rows = log.rows()
+    loss_curve(rows, folder / "loss.png")
+    score = evaluator.score(model)
+    if config.export:
+        evaluator.pipeline(model).save_pretrained(folder / "pipeline")
+    last = {key: next(row[key] for row in reversed(rows) if key in row) for key in ("loss", "val_loss")}
+    summary = {
+        "strategy": config.strategy,
+        "steps": config.steps,
+        "loss": [first["loss"], last["loss"]],
+        "val_loss": [first["val_loss"], last["val_loss"]],
+        "images_per_s": steps * config.batch_size / seconds if steps else None,
+        "training_seconds": seconds,
+        "seconds_by_part": spent,
+        "captions_encoded": parts.encoder.encoded,
+        "captions_cut": parts.encoder.truncated,
+        "score": score,
+        "files": {
+            "pictures": str(folder / "samples.png"),
+            "loss curve": str(folder / "loss.png"),
+            "metrics": str(folder / "metrics.jsonl"),
+            "checkpoints": str(folder / "checkpoints"),
+            **({"pipeline": str(folder / "pipeline")} if config.export else {}),
+        },
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_summary(summary)
+    parts.ranks.barrier()
+
+
+def same_run(config: Config, folder: Path) -> bool:
+    """Whether the folder's saved configuration is this one, the fields that only steer a session aside."""
+    saved = folder / "config.yaml"
+    return saved.is_file() and saved.read_text() == config.to_yaml()
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The closing lines."""
+    total = sum(summary["seconds_by_part"].values()) or 1.0
+    print(f"\n{summary['strategy']}: {summary['steps']} steps")
+    print(f"  training loss    {summary['loss'][0]:.4f} -> {summary['loss'][1]:.4f}")
+    ratio = summary["val_loss"][1] / summary["val_loss"][0]
+    print(f"  validation loss  {summary['val_loss'][0]:.4f} -> {summary['val_loss'][1]:.4f} (x {ratio:.3f})")
+    if summary["images_per_s"]:
+        parts = ", ".join(f"{part} {100 * s / total:.1f}%" for part, s in summary["seconds_by_part"].items())
+        print(
+            f"  training         {summary['training_seconds']:.0f} s, {summary['images_per_s']:.1f} images/s ({parts})"
+        )
+    if summary["score"]:
+        print("\n".join("  " + line for line in score_table(summary["score"])))
+    for name, path in summary["files"].items():
+        print(f"  {name:<16} {path}")
+    if "pipeline" in summary["files"]:
+        print(f'  draw your own    python -m sr_model.sample {summary["files"]["pipeline"]} "a red circle"')

@@ -1,0 +1,75 @@
+"""The lines a run prints before it starts: what it found, what it chose and why, what it will need."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from sr_kernels.attention import backend_for as attention_backend
+from sr_kernels.routing import backend_for as routing_backend
+from train.config import Config, ConfigError
+from train.distributed import Ranks
+
+GIB = 1 << 30
+
+
+def training_bytes(parameters: int, zero: int, world: int, bf16: bool) -> int:
+    """Bytes of weights, gradients, masters, Adam's moments and the average on one rank, activations not counted."""
+    weights = parameters * (2 if bf16 else 4)
+    gradients = parameters * 4
+    optimizer = parameters * (4 * 2 + 4 + (4 if bf16 else 0))  # moments, average, and masters under bf16
+    share = [1, 1, 1, 1] if zero == 0 else [1 / world if zero >= stage else 1 for stage in (3, 2, 1, 1)]
+    return round(weights * share[0] + gradients * share[1] + optimizer * share[2])
+
+
+def shards_line(path: Path) -> str:
+    """What the training split holds, from its index.
+
+    Raises: ConfigError when the index cannot be read.
+    """
+    index = path / "train" / "index.json"
+    try:
+        shards = json.loads(index.read_text())["shards"]
+        samples = sum(shard["samples"] for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"data.path: wanted a readable {index}: {error}") from None
+    return f"{samples:,} samples in {len(shards)} shards of {path}"
+
+
+def check(config: Config, ranks: Ranks, parameters: int, dtype: torch.dtype, text: str) -> list[str]:
+    """The lines, and the last checks that need a device.
+
+    Raises: ConfigError when the batch does not divide over the ranks.
+    """
+    micro = config.micro_batch_size or config.batch_size // ranks.world
+    if not micro or config.batch_size % (micro * ranks.world):
+        raise ConfigError(
+            f"batch_size: wanted a multiple of {ranks.world} ranks x micro_batch_size "
+            f"{config.micro_batch_size or 'at least 1'}, got {config.batch_size}"
+        )
+    device = ranks.device
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)} x {ranks.world}"
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        where = f"CPU, {torch.get_num_threads()} threads x {ranks.world} ranks"
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ["LOCAL_WORLD_SIZE"])
+    need = training_bytes(parameters, config.zero, ranks.world, dtype == torch.bfloat16)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(config.folder).free
+    shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    name = str(dtype).removeprefix("torch.")
+    return [
+        f"device     {where}; {name}, fp32 masters; ZeRO {config.zero}; batch {config.batch_size} = "
+        f"{ranks.world} ranks x {micro} x {config.batch_size // (micro * ranks.world)} micro-steps",
+        f"model      {config.strategy}, {parameters:,} parameters; {text}",
+        f"backends   attention {attention_backend(device, dtype)}, routing {routing_backend(device)}",
+        f"memory     {need / GIB:.1f} GiB of weights and optimiser a rank, of {room / GIB:.0f} GiB; activations beside it",
+        f"data       {shards_line(Path(config.data.path))}",
+        f"room       {disk / GIB:.0f} GiB on disk for {config.keep_checkpoints} checkpoints, "
+        f"{shm / GIB:.1f} GiB of shared memory",
+    ]

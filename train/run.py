@@ -1,0 +1,31 @@
+"""Train: `deepspeed train/run.py --strategy s3`, or `python train/run.py` on one process. --help lists every flag."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run as a script, the folder of this file comes first on the path; the packages stand one above.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train.config import ConfigError, fail, parse  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train, and turn a setting that cannot be used into one line and exit code 2."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        from train.loop import NonFiniteLoss, train
+    except ConfigError as error:
+        return fail(error)
+    try:
+        return train(config)
+    except ConfigError as error:
+        return fail(error)
+    except NonFiniteLoss as error:
+        fail(error)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""What a run says while it works: progress lines, metrics.jsonl, TensorBoard, and where the time of a step goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+PARTS = ("data", "vae", "llm", "dit", "optimizer")
+
+
+class Clock:
+    """Seconds spent in each part of the steps since the last reading. On a GPU the device's time, by events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Charge what happens inside to `name`, one of PARTS."""
+        if self.cuda and name != "data":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+            return
+        start_time = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start_time
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part since the last reading; waits for the GPU once."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, start, end in self._events:
+                self.seconds[name] += start.elapsed_time(end) / 1000
+            self._events.clear()
+        seconds, self.seconds = self.seconds, dict.fromkeys(PARTS, 0.0)
+        return seconds
+
+
+class RunLog:
+    """Rank 0's output of one run; silent on the others."""
+
+    def __init__(self, folder: Path, first: bool, steps: int, start: int) -> None:
+        self.first, self.path = first, folder / "metrics.jsonl"
+        self.bar: tqdm | None = None
+        self.board: Any = None
+        if not first:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():  # rows past the checkpoint that is resumed from would stand twice
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            self.path.write_text("".join(line + "\n" for line in kept))
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        except ImportError:
+            self.say("TensorBoard is not installed: metrics go to metrics.jsonl alone")
+
+    def say(self, line: str) -> None:
+        """One line to the terminal, above the progress bar."""
+        if self.first:
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """A row with its "step" into metrics.jsonl, and its numbers into TensorBoard."""
+        if not self.first:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "step":
+                    self.board.add_scalar(key, value, row["step"])
+
+    def picture(self, path: Path, step: int) -> None:
+        """A PNG into TensorBoard."""
+        if self.board is not None:
+            import numpy as np
+            from PIL import Image
+
+            self.board.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows written so far, earlier parts of a resumed run included."""
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+
+    def close(self) -> None:
+        """Finish the bar and TensorBoard's files."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
