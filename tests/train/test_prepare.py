@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from streaming import StreamingDataset
-from streaming.base.util import clean_stale_shared_memory
 
 import train.prepare
 from train.prepare import main, prepare_shapes
@@ -30,13 +29,6 @@ def corpus(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture
-def shared_memory():
-    clean_stale_shared_memory()
-    yield
-    clean_stale_shared_memory()
-
-
 def read(folder: Path) -> list[dict]:
     return list(StreamingDataset(local=str(folder), shuffle=False, batch_size=1))
 
@@ -45,7 +37,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.usefixtures("shared_memory")
 @pytest.mark.parametrize(("split", "count"), [("train", 90), ("val", 9)])
 def test_shards_read_back_as_written(corpus, split, count):
     samples = read(corpus / split)
@@ -65,7 +56,6 @@ def test_shards_read_back_as_written(corpus, split, count):
     assert json.loads((corpus / "corpus.json").read_text())["counts"][split] == skills
 
 
-@pytest.mark.usefixtures("shared_memory")
 def test_captions_are_bounded_and_validation_scenes_are_new(corpus):
     train, val = read(corpus / "train"), read(corpus / "val")
     captions = {sample["caption"] for sample in train}
@@ -75,7 +65,6 @@ def test_captions_are_bounded_and_validation_scenes_are_new(corpus):
     assert len(set(images)) == len(images)
 
 
-@pytest.mark.usefixtures("shared_memory")
 def test_evaluation_prompts_file(corpus):
     train_captions = {sample["caption"] for sample in read(corpus / "train")}
     records = [json.loads(line) for line in (corpus / "prompts.jsonl").read_text().splitlines()]
@@ -112,14 +101,12 @@ def test_the_same_seed_gives_identical_bytes_and_another_does_not(corpus, tmp_pa
     assert all(other[name] != data for name, data in contents(corpus).items())
 
 
-@pytest.mark.usefixtures("shared_memory")
 def test_compressed_shards_hold_the_same(corpus, tmp_path):
     prepare_shapes(tmp_path / "zstd", **SMALL, compression="zstd")
     assert [path.suffix for path in (tmp_path / "zstd" / "train").glob("shard*")] == [".zstd"]
     assert read(tmp_path / "zstd" / "train") == read(corpus / "train")
 
 
-@pytest.mark.usefixtures("shared_memory")
 def test_size_and_mix_are_used(tmp_path):
     prepare_shapes(tmp_path / "x", samples=6, captions=3, size=64, val=1, prompts=1, mix={"part": 2, "scene": 1})
     samples = read(tmp_path / "x" / "train")

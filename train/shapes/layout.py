@@ -33,7 +33,7 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 def _counts(rng: np.random.Generator, prompt: Prompt) -> list[int]:
     """How many shapes each group gets; open counts are drawn."""
     if prompt.relation == "more than":
-        return [(2, 1), (3, 1)][int(rng.integers(2))]
+        return [int(rng.integers(2, MAX_SHAPES)), 1]
     return [int(rng.integers(2, MAX_SHAPES + 1)) if g.count is None else g.count for g in prompt.groups]
 
 

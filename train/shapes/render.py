@@ -9,7 +9,7 @@ from train.shapes.scene import RGB, Scene, Shape
 SUPERSAMPLING = 4  # samples per pixel and axis
 DOT_SIZE = 0.30  # the dot's diameter over the shape's size
 _ARM = 0.18  # half the width of a cross's arms, over its size
-# Where a shape is widest around, over its size, from its centre downwards: the dot stands there.
+# How far below the box's centre the dot stands, over the size: a triangle is too narrow there.
 _DOT_DOWN = {"triangle": 0.17}
 
 
@@ -55,6 +55,8 @@ def _paint(canvas: np.ndarray, kind: str, x: float, y: float, size: float, color
 
 
 def _paint_shape(canvas: np.ndarray, shape: Shape) -> None:
+    if shape.kind is None:
+        raise ValueError("kind: got None, which is a scorer's finding and cannot be drawn")
     side = canvas.shape[0]
     x, y, size = shape.x * side, shape.y * side, shape.size * side
     _paint(canvas, shape.kind, x, y, size, shape.color)
@@ -65,7 +67,7 @@ def _paint_shape(canvas: np.ndarray, shape: Shape) -> None:
 def render(scene: Scene, side: int) -> np.ndarray:
     """The scene as uint8 [side, side, 3] RGB, antialiased; `side` is in pixels and at least 32.
 
-    Raises ValueError if side is smaller: shapes could no longer be told apart.
+    Raises ValueError if side is smaller (shapes could no longer be told apart) or a shape's kind is None.
     """
     if side < 32:
         raise ValueError(f"side: got {side}, want at least 32 pixels")

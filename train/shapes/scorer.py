@@ -28,7 +28,7 @@ from train.shapes.scene import (
 )
 
 REJECT_DISTANCE = 60.0  # in RGB units of 0..255; an edge's mixed colours stay further than this from third colours
-MIN_OVERLAP = 0.78  # of a silhouette with its best template, intersection over union; drawn shapes have > 0.85
+MIN_OVERLAP = 0.78  # of a silhouette with its best template, intersection over union; drawn shapes have > 0.8
 MIN_AREA = 0.008  # of the picture; smaller components are specks
 MAX_REJECTED = 0.40  # of the picture; more pixels of no palette colour make it noise
 FAINT = 0.25  # a pixel less covered than this is no part of a silhouette
@@ -117,7 +117,8 @@ def _fit(mask: np.ndarray) -> tuple[str | None, float, float, float, float]:
     """
     rows, columns = mask.shape
     mean_x, mean_y, dev_x, dev_y = _moments(mask)
-    best, overlap = (None, 0.0, 0.0, 0.0, 0.0), -1.0
+    best: tuple[str | None, float, float, float, float] = (None, 0.0, 0.0, 0.0, 0.0)
+    overlap = -1.0
     for kind in KINDS:
         x, y, dx, dy = _kind_moments(kind)
         width, height = dev_x / dx, dev_y / dy

@@ -55,6 +55,11 @@ def test_too_small_a_side_is_refused():
         render(Scene(PROMPT, "white", ()), 31)
 
 
+def test_a_shape_without_a_kind_is_refused():
+    with pytest.raises(ValueError, match="kind: got None"):
+        render(Scene(PROMPT, "white", (Shape(None, "red", 0.5, 0.5, 0.5),)), 32)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(SKILLS), st.integers(0, 2**32 - 1), st.integers(32, 130))
 def test_any_scene_at_any_side(skill, seed, side):
