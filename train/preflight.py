@@ -68,7 +68,7 @@ def check(config: Config, ranks: Ranks, parameters: int, dtype: torch.dtype, tex
         f"{ranks.world} ranks x {micro} x {config.batch_size // (micro * ranks.world)} micro-steps",
         f"model      {config.strategy}, {parameters:,} parameters; {text}",
         f"backends   attention {attention_backend(device, dtype)}, routing {routing_backend(device)}",
-        f"memory     {need / GIB:.1f} GiB of weights and optimiser a rank, of {room / GIB:.0f} GiB; activations beside it",
+        f"memory     {need / GIB:.1f} GiB of weights and optimiser a rank, of {room / GIB:.0f} GiB; then activations",
         f"data       {shards_line(Path(config.data.path))}",
         f"room       {disk / GIB:.0f} GiB on disk for {config.keep_checkpoints} checkpoints, "
         f"{shm / GIB:.1f} GiB of shared memory",
