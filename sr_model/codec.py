@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -26,13 +28,18 @@ class PixelCodec:
         return self.channels, height, width
 
 
+def latent_factor(settings: dict[str, Any]) -> int:
+    """Pixels to a latent's pixel, along a side, from an AutoencoderKL's configuration."""
+    return 2 ** (len(settings["block_out_channels"]) - 1)
+
+
 class VaeCodec:
     """A diffusers AutoencoderKL, frozen: latents are (z - shift_factor) * scaling_factor (SD3: 16 channels, /8)."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.vae = vae.eval().requires_grad_(False)
         self.channels: int = vae.config.latent_channels
-        self.factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.factor = latent_factor(vae.config)
         self.shift = vae.config.shift_factor or 0.0
         self.scale = vae.config.scaling_factor
 

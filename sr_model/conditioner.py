@@ -23,7 +23,10 @@ class Conditioner(nn.Module):
         self.norm = nn.RMSNorm(text_dim, eps=eps)
         self.embed = nn.Linear(text_dim, text_dim)
         self.kv_weight = nn.Parameter(torch.empty(depth, 2 * kv_heads * head_dim, text_dim))  # keys, then values
-        self.k_norm = nn.Parameter(torch.empty(depth, head_dim))
+        self.k_norm = nn.Parameter(torch.ones(depth, head_dim))
+        for weight in self.kv_weight.detach().unbind():  # per projection, so that the fans are those of one Linear
+            for half in weight.chunk(2):
+                nn.init.xavier_uniform_(half)
 
     def forward(self, text: TextFeatures, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """alpha [1|B, 1|D, L] over text's L layers -> k, v, each [D, T, Hkv, hd] in the parameters' dtype."""
@@ -44,10 +47,3 @@ class Conditioner(nn.Module):
         k, v = kv.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)  # [D, T, Hkv, hd]
         angles = None if self.rope_base is None else text_rope(text.positions(), self.head_dim, self.rope_base)
         return qk_norm_rope(k, self.k_norm[:, None, None], angles, self.eps), v.contiguous()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.embed.weight, std=0.02)
-        for weight in self.kv_weight.detach().unbind():  # per projection, so that the fans are those of one Linear
-            for half in weight.chunk(2):
-                nn.init.xavier_uniform_(half)
-        nn.init.ones_(self.k_norm)

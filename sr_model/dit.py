@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sr_model.conditioner import Conditioner
 from sr_model.flow import sigma_of
-from sr_model.fusion import build_fusion
-from sr_model.layers import Block, CrossAttention, SelfAttention, image_rope
+from sr_model.fusion import build_fusion, layers_read
+from sr_model.layers import Block, image_rope
 from sr_model.presets import PRESETS
 from sr_model.text_features import TextFeatures, TextKV
 
@@ -81,26 +81,15 @@ class DiT(ModelMixin, ConfigMixin):
         self.norm_out = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
         self.gradient_checkpointing = False
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier uniform Linears, zero biases, a zero output projection, uniform fusion weights."""
-        if self.proj_out.weight.is_meta:
-            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, SelfAttention | CrossAttention):
-                module.reset_parameters()
-        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))  # as a Linear on the patch
+        nn.init.xavier_uniform_(self.patch_embed.weight.detach().flatten(1))  # as a Linear on the patch
         assert self.patch_embed.bias is not None
         nn.init.zeros_(self.patch_embed.bias)
-        self.conditioner.reset_parameters()
-        if hasattr(self.fusion, "reset_parameters"):
-            self.fusion.reset_parameters()  # type: ignore[operator]
+        nn.init.normal_(self.conditioner.embed.weight, std=0.02)
         nn.init.zeros_(self.proj_out.weight)
 
     @property
@@ -109,7 +98,7 @@ class DiT(ModelMixin, ConfigMixin):
         n = self.config.text_layers
         if n is None:
             return None
-        return (n - 1,) if self.config.strategy == "b1" else tuple(range(1, n + 1))
+        return layers_read(self.config.strategy, n)
 
     def fusion_weights(self, gate_time: Tensor, num_layers: int | None = None) -> Tensor:
         """alpha [1|B, 1|D, L] at gate_time [B] in flow time (it may leave [0, 1])."""
@@ -126,7 +115,7 @@ class DiT(ModelMixin, ConfigMixin):
         """
         n = self.config.text_layers or max(text.layer_ids)
         alpha = self.fusion_weights(gate_time, n)
-        text = text.select((n - 1,) if self.config.strategy == "b1" else tuple(range(1, n + 1)))
+        text = text.select(layers_read(self.config.strategy, n))
         alpha = alpha[..., [i - 1 for i in text.layer_ids]]
         k, v = self.conditioner(text, alpha)
         return TextKV(k, v, text.cu_seqlens, max(text.lengths))
@@ -182,7 +171,7 @@ def build(
         raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {preset!r}")
     with torch.device(device or "cpu"):
         model = DiT(strategy=strategy, **{**PRESETS[preset], **overrides})
-    return model if dtype is None else model.to(dtype)
+    return model if dtype is None else nn.Module.to(model, dtype=dtype)  # ModelMixin.to warns without a reason
 
 
 def parameter_count(model: nn.Module) -> int:

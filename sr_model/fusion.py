@@ -44,13 +44,10 @@ class Static(nn.Module):
 
     def __init__(self, rows: int, num_layers: int) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.empty(rows, num_layers))
+        self.logits = nn.Parameter(torch.zeros(rows, num_layers))
 
     def forward(self, gate_time: Tensor, num_layers: int) -> Tensor:
         return self.logits.float().softmax(-1)[None]  # [1, rows, L]
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.logits)
 
 
 class TimeGate(nn.Module):
@@ -59,9 +56,11 @@ class TimeGate(nn.Module):
     def __init__(self, rows: int, num_layers: int) -> None:
         super().__init__()
         self.in_weight = nn.Parameter(torch.empty(rows, GATE_HIDDEN, TIME_DIM))
-        self.in_bias = nn.Parameter(torch.empty(rows, GATE_HIDDEN))
-        self.out_weight = nn.Parameter(torch.empty(rows, num_layers, GATE_HIDDEN))
-        self.out_bias = nn.Parameter(torch.empty(rows, num_layers))
+        self.in_bias = nn.Parameter(torch.zeros(rows, GATE_HIDDEN))
+        self.out_weight = nn.Parameter(torch.zeros(rows, num_layers, GATE_HIDDEN))  # zero: uniform weights at first
+        self.out_bias = nn.Parameter(torch.zeros(rows, num_layers))
+        for weight in self.in_weight.detach().unbind():  # per gate, so that the fans are those of one Linear
+            nn.init.xavier_uniform_(weight)
 
     def forward(self, gate_time: Tensor, num_layers: int) -> Tensor:
         phi = time_embedding(gate_time)  # [B, 128]; the gates run in fp32 whatever the parameters' dtype
@@ -69,15 +68,14 @@ class TimeGate(nn.Module):
         z = torch.einsum("brh,rlh->brl", F.silu(h), self.out_weight.float()) + self.out_bias.float()
         return z.softmax(-1)  # [B, rows, L]
 
-    def reset_parameters(self) -> None:
-        for weight in self.in_weight.detach().unbind():  # per gate, so that the fans are those of one Linear
-            nn.init.xavier_uniform_(weight)
-        for parameter in (self.in_bias, self.out_weight, self.out_bias):
-            nn.init.zeros_(parameter)
-
 
 STRATEGIES = ("b1", "b2", "b3", "s1", "s2", "s3")
 STATIC_IN_TIME = ("b1", "b2", "b3", "s2")  # their keys and values can be kept over all sampling steps
+
+
+def layers_read(strategy: str, num_layers: int) -> tuple[int, ...]:
+    """The hidden states a strategy needs of an LLM with `num_layers` layers: what to ask the text encoder for."""
+    return (num_layers - 1,) if strategy == "b1" else tuple(range(1, num_layers + 1))
 
 
 def build_fusion(strategy: str, depth: int, num_layers: int | None) -> nn.Module:

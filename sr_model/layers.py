@@ -52,8 +52,8 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
-        self.q_norm = nn.Parameter(torch.empty(head_dim))
-        self.k_norm = nn.Parameter(torch.empty(head_dim))
+        self.q_norm = nn.Parameter(torch.ones(head_dim))
+        self.k_norm = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         """x [B, N, H], angles [N, hd/2] -> [B, N, H]."""
@@ -67,10 +67,6 @@ class SelfAttention(nn.Module):
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.q_norm)
-        nn.init.ones_(self.k_norm)
-
 
 class CrossAttention(nn.Module):
     """Image queries (QK-norm, not rotated) on a prompt's keys and values, which come ready from the conditioner."""
@@ -80,7 +76,7 @@ class CrossAttention(nn.Module):
         self.heads, self.head_dim, self.eps = heads, head_dim, eps
         self.q_proj = nn.Linear(hidden, heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, hidden, bias=False)
-        self.q_norm = nn.Parameter(torch.empty(head_dim))
+        self.q_norm = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
         """x [B, N, H]; k, v [T, Hkv, hd] packed with bounds cu_k [B+1]; cu_q the image's bounds -> [B, N, H]."""
@@ -89,9 +85,6 @@ class CrossAttention(nn.Module):
         q = qk_norm_rope(q, self.q_norm, None, self.eps)
         out = varlen_attention(q, k, v, cu_q, cu_k, n, max_k)  # [B*N, Hq, hd]
         return self.o_proj(out.view(batch, n, -1))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.q_norm)
 
 
 class SwiGLU(nn.Module):

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +42,7 @@ def _packed_attention(
 AttentionInterface.register(ATTENTION, _packed_attention)
 
 
-def language_model(model: nn.Module) -> nn.Module:
+def language_model(model: nn.Module) -> Any:
     """The decoder stack: a vision-language model's `language_model`, else the model itself.
 
     Raises: ValueError when there is no `layers` list (not a decoder-only LLM).
@@ -82,9 +81,9 @@ class TextEncoder:
         if max_tokens < 1:
             raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
         self.llm = language_model(llm).eval().requires_grad_(False)
-        self.llm.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        self.llm.set_attn_implementation(ATTENTION)
         self.tokenizer = tokenizer
-        self.num_layers: int = len(self.llm.layers)  # type: ignore[arg-type]
+        self.num_layers: int = len(self.llm.layers)
         self.layer_ids = tuple(range(1, self.num_layers + 1)) if layer_ids is None else tuple(layer_ids)
         if not self.layer_ids or min(self.layer_ids) < 1 or max(self.layer_ids) > self.num_layers:
             raise ValueError(f"layer_ids: wanted ids in 1..{self.num_layers}, got {list(self.layer_ids)}")
@@ -105,7 +104,7 @@ class TextEncoder:
     @property
     def text_dim(self) -> int:
         """Width C of the hidden states."""
-        return int(self.llm.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        return int(self.llm.config.hidden_size)
 
     def tokenize(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of template + prompt, cut at max_tokens; never empty (the pad or end token stands in)."""
@@ -160,7 +159,7 @@ class TextEncoder:
             for i in self.layer_ids
         ]
         layers = self.llm.layers
-        self.llm.layers = layers[: max(self.layer_ids)]  # type: ignore[index]
+        self.llm.layers = layers[: max(self.layer_ids)]
         try:
             self.llm(
                 input_ids=flat[None],
@@ -177,13 +176,3 @@ class TextEncoder:
                 handle.remove()
         self.encoded += len(tokens)
         return TextFeatures.pack(tuple(kept[i] for i in self.layer_ids), lengths, self.layer_ids)
-
-
-def llm_layers(path: str | Path) -> tuple[int, int]:
-    """(number of layers, hidden size) of a Hugging Face model folder, from its config.json alone.
-
-    Raises: FileNotFoundError, KeyError.
-    """
-    config = json.loads((Path(path) / "config.json").read_text())
-    config = config.get("text_config", config)
-    return config["num_hidden_layers"], config["hidden_size"]

@@ -39,6 +39,8 @@ class ModelConfig:
         head_dim: width of a head.
         mlp_size: inner width of the SwiGLU.
         patch_size: side of a patch, in latent pixels.
+        rope_base: base of the rotary embeddings.
+        text_layers: layers the LLM must have; None takes any LLM, whose layers and width the model then has.
     """
 
     size: str = "paper"
@@ -49,6 +51,8 @@ class ModelConfig:
     head_dim: int | None = None
     mlp_size: int | None = None
     patch_size: int | None = None
+    rope_base: float | None = None
+    text_layers: int | None = None
 
 
 @dataclass(frozen=True)

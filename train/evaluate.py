@@ -98,7 +98,7 @@ class Evaluator:
         """A model with these weights on the device, in the run's dtype."""
         model = self.new_model()
         model.load_state_dict(state)
-        return model.to(self.ranks.device, self.dtype).eval()
+        return torch.nn.Module.to(model, self.ranks.device, self.dtype).eval()  # ModelMixin.to warns without a reason
 
     @torch.no_grad()
     def validate(self, model: DiT) -> dict[str, float]:

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from sr_model import DiT, TextEncoder, build
-from sr_model.codec import PixelCodec, VaeCodec
+from sr_model.codec import PixelCodec, VaeCodec, latent_factor
 from sr_model.dit import parameter_count
 from sr_model.flow import interpolate, logit_normal_times, velocity
+from sr_model.fusion import layers_read
 from sr_model.presets import PRESETS
-from sr_model.text_encoder import llm_layers
 from train import checkpoint, embedded_llm, preflight
 from train.config import Config, ConfigError
 from train.data import TrainLoader
@@ -48,7 +49,7 @@ class Parts:
 
 
 def model_sizes(config: Config) -> dict[str, Any]:
-    """Arguments that replace the model preset's. Raises: ConfigError for an unknown preset or a bad image size."""
+    """Arguments that replace the model preset's. Raises: ConfigError for an unknown preset."""
     if config.model.size not in PRESETS:
         raise ConfigError(f"model.size: wanted one of {', '.join(PRESETS)}, got {config.model.size!r}")
     return {k: v for k, v in asdict(config.model).items() if k != "size" and v is not None}
@@ -65,44 +66,58 @@ def check_image_size(config: Config, factor: int) -> None:
 
 
 def load_codec(config: Config, ranks: Ranks, dtype: torch.dtype) -> PixelCodec | VaeCodec:
-    """Pixels, or the VAE (from its own folder or a pipeline's `vae` subfolder). Raises: ConfigError."""
-    if config.data.vae == "pixels":
-        return PixelCodec()
-    from diffusers import AutoencoderKL
+    """Pixels, or the VAE (from its own folder or a pipeline's `vae` subfolder), checked before its weights are read.
 
+    Raises: ConfigError.
+    """
+    if config.data.vae == "pixels":
+        check_image_size(config, PixelCodec.factor)
+        return PixelCodec()
+    own_folder = (Path(config.data.vae) / "config.json").is_file()
+    where: dict[str, Any] = {} if own_folder else {"subfolder": "vae"}
     try:
-        nested = Path(config.data.vae).is_dir() and (Path(config.data.vae) / "config.json").is_file()
-        vae = AutoencoderKL.from_pretrained(config.data.vae, subfolder=None if nested else "vae", torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.vae: wanted a diffusers AutoencoderKL or 'pixels': {error}") from None
+        settings = AutoencoderKL.load_config(config.data.vae, **where)
+        check_image_size(config, latent_factor(settings))
+        vae = AutoencoderKL.from_pretrained(config.data.vae, torch_dtype=dtype, **where)
+    except OSError as error:
+        raise ConfigError(f"data.vae: wanted a diffusers AutoencoderKL or 'pixels': {first_line(error)}") from None
     return VaeCodec(vae.to(ranks.device))
 
 
-def load_encoder(config: Config, ranks: Ranks, dtype: torch.dtype, layer_ids: tuple[int, ...] | None) -> TextEncoder:
-    """The frozen LLM on the device. Raises: ConfigError."""
+def first_line(error: Exception) -> str:
+    """An exception's message without its paragraphs."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def load_encoder(config: Config, ranks: Ranks, dtype: torch.dtype) -> TextEncoder:
+    """The frozen LLM on the device, set to the layers the strategy reads. Raises: ConfigError."""
     path: str | Path = config.text.llm
     try:
         if config.text.llm == embedded_llm.NAME:
             path = embedded_llm.converted()
-        return TextEncoder.from_pretrained(
+        encoder = TextEncoder.from_pretrained(
             path,
             device=ranks.device,
             dtype=dtype,
-            layer_ids=layer_ids,
             template=config.text.template,
             max_tokens=config.text.max_tokens,
             cache_bytes=config.text.cache_mb << 20,
         )
     except (OSError, ValueError) as error:
-        message = str(error).splitlines()[0].removeprefix("text.llm: ")
-        raise ConfigError(f"text.llm: {message}") from None
+        raise ConfigError(f"text.llm: {first_line(error).removeprefix('text.llm: ')}") from None
+    if config.model.text_layers not in (None, encoder.num_layers):
+        raise ConfigError(
+            f"text.llm: wanted {config.model.text_layers} layers (model.text_layers), {config.text.llm!r} has "
+            f"{encoder.num_layers}"
+        )
+    encoder.layer_ids = layers_read(config.strategy, encoder.num_layers)
+    return encoder
 
 
 def assemble(config: Config, ranks: Ranks, say: Any) -> tuple[Parts, Evaluator]:
     """Everything a run needs, checked cheapest first. Raises: ConfigError."""
     sizes = model_sizes(config)
-    if config.data.vae == "pixels":
-        check_image_size(config, 1)
+    check_image_size(config, 1)  # again with the VAE's factor, once that is known
     if config.data.shapes_samples and ranks.first:
         from train.prepare import prepare_shapes
 
@@ -119,19 +134,13 @@ def assemble(config: Config, ranks: Ranks, say: Any) -> tuple[Parts, Evaluator]:
     dtype = torch.float32
     if config.dtype == "bf16" or (config.dtype == "auto" and fast_bf16(ranks.device)):
         dtype = torch.bfloat16
-    with torch.device("meta"):
-        shape = build(config.strategy, config.model.size, **sizes)
     codec = load_codec(config, ranks, dtype)
-    check_image_size(config, codec.factor)
-    if codec.channels != shape.config.in_channels:
-        raise ConfigError(
-            f"data.vae: wanted {shape.config.in_channels} latent channels for model.size {config.model.size!r}, "
-            f"got {codec.channels}"
-        )
-    if Path(config.text.llm).is_dir():
-        check_llm(shape, *llm_layers(config.text.llm))
-    encoder = load_encoder(config, ranks, dtype, shape.layer_ids)
-    check_llm(shape, encoder.num_layers, encoder.text_dim)
+    encoder = load_encoder(config, ranks, dtype)
+    sizes |= {"in_channels": codec.channels, "text_dim": encoder.text_dim, "text_layers": encoder.num_layers}
+    try:
+        shape = build(config.strategy, config.model.size, device="meta", **sizes)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
     for line in preflight.check(
         config, ranks, parameter_count(shape), dtype,
         f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.layer_ids)} read",
@@ -153,15 +162,6 @@ def assemble(config: Config, ranks: Ranks, say: Any) -> tuple[Parts, Evaluator]:
     )
     evaluator = Evaluator(config, ranks, new_model, dtype, encoder, codec)
     return Parts(config, ranks, dtype, encoder, codec, engine, ema, loader), evaluator
-
-
-def check_llm(shape: DiT, layers: int, width: int) -> None:
-    """Raises: ConfigError when the LLM is not the one the DiT is made for."""
-    wanted = (shape.config.text_layers, shape.config.text_dim)
-    if (layers, width) != wanted:
-        raise ConfigError(
-            f"text.llm: wanted {wanted[0]} layers of width {wanted[1]} for this model, got {layers} of {width}"
-        )
 
 
 def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> tuple[float, int]:
