@@ -1,0 +1,147 @@
+"""The training program end to end, on one process and under the launcher."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sr_model import STRATEGIES, SemanticRoutingPipeline
+from train.run import main
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def validation(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_trains_by_its_name_alone(train, strategy):
+    folder = train("run", f"--strategy={strategy}", "--steps=3", "--optim.lr=0.01")
+    assert list(losses(folder)) == [1, 2, 3]
+    assert validation(folder)[3] < validation(folder)[0]
+    for name in ("config.yaml", "samples.png", "loss.png", "summary.json", "checkpoints/latest"):
+        assert (folder / name).stat().st_size > 0
+    assert Image.open(folder / "samples.png").size[0] > 2 * 128
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_repeats_the_unbroken_one_to_the_bit(train, zero, dtype):
+    common = ("--strategy=s3", "--steps=6", f"--zero={zero}", f"--dtype={dtype}", "--optim.lr=0.01")
+    whole = train("whole", *common)
+    train("broken", *common, "--stop_at=2")
+    broken = train("broken", *common, "--stop_at=5")  # 5 x 8 samples: the end of the epoch of 40
+    assert not (broken / "summary.json").exists()
+    broken = train("broken", *common)
+    assert losses(broken) == losses(whole)
+    assert validation(broken)[6] == validation(whole)[6]  # the moving average too
+    assert np.array_equal(*(np.asarray(Image.open(f / "samples.png")) for f in (whole, broken)))
+
+
+def test_zero_stages_and_micro_batches_agree(train):
+    """Draws belong to samples, so how a batch is cut changes rounding alone."""
+    one = losses(train("one", "--steps=3", "--zero=0"))
+    for name, flags in (("z1", ["--zero=1"]), ("z3", ["--zero=3"]), ("micro", ["--micro_batch_size=2"]),
+                        ("recompute", ["--gradient_checkpointing=true"])):  # fmt: skip
+        other = losses(train(name, "--steps=3", *flags))
+        assert all(math.isclose(one[s], other[s], rel_tol=1e-5) for s in one), (name, one, other)
+
+
+def test_the_moving_average_is_the_recurrence(train):
+    from train import engine
+
+    seen = []
+    update = engine.Ema.update
+
+    def spy(self):
+        update(self)
+        seen.append((engine.full_master_state(self.engine), self.full_state()))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Ema, "update", spy)
+        train("run", "--steps=4", "--zero=3", "--optim.ema=0.3", "--optim.lr=0.01", "--seed=3")
+    (_, expected), *later = seen
+    for n, (weights, average) in enumerate(later, 1):
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = {k: decay * expected[k] + (1 - decay) * weights[k] for k in expected}
+        for name, value in average.items():
+            assert torch.allclose(value, expected[name], atol=1e-6), name
+
+
+def test_a_finished_run_is_reused_and_says_so(train, capsys):
+    folder = train("run", "--steps=2")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    train("run", "--steps=2")
+    assert "finished before; reusing" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_with_a_run_is_not_overwritten(train, tiny_flags, capsys):
+    folder = train("run", "--steps=2")
+    assert main([*tiny_flags, f"--out={folder}", "--steps=2", "--resume=false"]) == 2
+    assert "out: " in capsys.readouterr().err
+
+
+def test_long_captions_are_cut_and_counted(train):
+    rows = (train("run", "--steps=2", "--text.max_tokens=2") / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(row) for row in rows if "truncated_captions" in row][-1]
+    assert last["truncated_captions"] > 0
+    assert last["text_tokens_per_image"] <= 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(train, tiny_flags, tmp_path, capsys):
+    folder = train("run", "--steps=4", "--stop_at=2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.velocity", lambda data, noise: data * float("nan"))
+        assert main([*tiny_flags, f"--out={folder}", "--steps=4"]) == 1
+    assert "loss: not finite at step 3; the weights of step 2 are untouched" in capsys.readouterr().err
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step-0000002"
+
+
+def test_the_exported_pipeline_draws_the_runs_own_pictures(train):
+    folder = train("run", "--steps=2", "--export=true", "--eval.score=3", "--eval.steps=2")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert sum(split["count"] for split in summary["score"].values()) == 3
+    pipe = SemanticRoutingPipeline.from_pretrained(folder / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.default_size == 32
+    image = pipe("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (32, 32)
+
+
+def launch(*flags):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "train/run.py", *flags]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks the launcher for CPU ranks")
+def test_two_ranks_under_the_launcher_end_with_the_same_files(train, tiny_flags, tmp_path):
+    flags = ["--strategy=s2", "--zero=3", "--steps=3", "--micro_batch_size=4"]
+    alone = train("alone", *flags, "--export=true")
+    together = tmp_path / "together"
+    done = launch(*tiny_flags, *flags, "--export=true", f"--out={together}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def names(folder):
+        ranks = ("rank", "checkpoints")
+        return {str(p.relative_to(folder)) for p in folder.rglob("*") if not any(w in str(p) for w in (*ranks, "tfev"))}
+
+    assert names(together) == names(alone)
+    assert set(losses(together)) == {1, 2, 3}
+    assert math.isclose(validation(together)[0], validation(alone)[0], rel_tol=1e-6)
