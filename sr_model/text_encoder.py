@@ -2,7 +2,7 @@
 
 - packed: no padding is computed; attention runs through `sr_kernels.varlen_attention`
 - no LM head is loaded, no layer above the highest one asked for is run
-- prompts already seen come from a bounded cache keyed by their tokens
+- prompts already seen come from a bounded cache keyed by their tokens; its answers do not depend on its history
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ class TextEncoder:
         tokens = self.tokenize(prompts)
         if not self.cache_bytes:
             return self.encode_tokens(tokens)
-        missing = [row for row in dict.fromkeys(tokens) if row not in self._cache]
-        fresh = dict(zip(missing, self.encode_tokens(missing).split(), strict=True)) if missing else {}
+        # One at a time: a prompt's bits must not depend on its neighbours, or a resumed run would differ from this one.
+        fresh = {row: self.encode_tokens([row]) for row in dict.fromkeys(tokens) if row not in self._cache}
         batch = []
         for row in tokens:
             if row in self._cache:

@@ -5,6 +5,7 @@ Columns: `image` (an encoded PNG, JPEG or WebP file), `caption`, `meta`. Split f
 
 from __future__ import annotations
 
+import atexit
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from streaming import StreamingDataLoader, StreamingDataset
+from streaming.base.shared import SharedArray, SharedBarrier, SharedMemory, SharedScalar
 from torch import Tensor
 
 from train.config import ConfigError
@@ -42,6 +44,18 @@ class Pairs(StreamingDataset):
     def __getitem__(self, at: Any) -> dict[str, Any]:
         sample = super().__getitem__(at)
         return {"image": decode(sample["image"], self.image_size), "caption": sample["caption"]}
+
+
+def release(dataset: StreamingDataset) -> None:
+    """Free the dataset's shared memory now; streaming itself keeps it, and its files, until the process ends."""
+    pending = list(vars(dataset).values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, SharedMemory):
+            atexit.unregister(value.cleanup)
+            value.cleanup()
+        elif isinstance(value, SharedArray | SharedBarrier | SharedScalar):
+            pending += vars(value).values()
 
 
 def collate(samples: list[dict[str, Any]]) -> tuple[Tensor, list[str]]:
@@ -86,8 +100,15 @@ class TrainLoader:
         if state:
             self.loader.load_state_dict(state)
 
+    def close(self) -> None:
+        """Free what the dataset shares with other processes."""
+        release(self.dataset)
+
 
 def read_split(folder: Path, image_size: int, count: int) -> tuple[Tensor, list[str]]:
     """The first `count` samples of a split, in the shards' order: (uint8 [n, 3, H, W], captions)."""
     dataset = Pairs(folder, image_size, batch_size=1)
-    return collate([dataset[i] for i in range(min(count, dataset.num_samples))])
+    try:
+        return collate([dataset[i] for i in range(min(count, dataset.num_samples))])
+    finally:
+        release(dataset)

@@ -44,14 +44,14 @@ def test_qwen3_vl_language_model(tokenizer):
 
 
 def test_only_the_layers_asked_for_are_run(llm, tokenizer):
-    everything = TextEncoder(llm, tokenizer).encode(PROMPTS)
+    everything = TextEncoder(llm, tokenizer, cache_bytes=0).encode(PROMPTS)
     runs = []
     handles = [layer.register_forward_hook(lambda *_, i=i: runs.append(i)) for i, layer in enumerate(llm.layers)]
-    penultimate = TextEncoder(llm, tokenizer, layer_ids=(3,)).encode(PROMPTS)
+    penultimate = TextEncoder(llm, tokenizer, layer_ids=(3,), cache_bytes=0).encode(PROMPTS)
     for handle in handles:
         handle.remove()
     assert runs == [0, 1, 2]
-    assert torch.equal(penultimate.hidden[0], everything.hidden[2])
+    assert torch.equal(penultimate.stacked[0], everything.stacked[2])
     assert len(llm.layers) == 4
 
 

@@ -1,0 +1,152 @@
+"""What a run is made of: codec, text encoder, model, engine, loader; checked cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from sr_model import DiT, TextEncoder, build
+from sr_model.codec import PixelCodec, VaeCodec, latent_factor
+from sr_model.dit import parameter_count
+from sr_model.fusion import layers_read
+from sr_model.presets import PRESETS
+from train import embedded_llm, preflight
+from train.config import Config, ConfigError
+from train.data import TrainLoader
+from train.distributed import Ranks, fast_bf16
+from train.engine import Ema, build_engine
+from train.evaluate import Evaluator
+from train.prepare import prepare_shapes
+
+
+@dataclass
+class Parts:
+    """What a run is made of."""
+
+    config: Config
+    ranks: Ranks
+    dtype: torch.dtype
+    encoder: TextEncoder
+    codec: PixelCodec | VaeCodec
+    engine: Any
+    ema: Ema
+    loader: TrainLoader
+
+
+def model_sizes(config: Config) -> dict[str, Any]:
+    """Arguments that replace the model preset's. Raises: ConfigError for an unknown preset."""
+    if config.model.size not in PRESETS:
+        raise ConfigError(f"model.size: wanted one of {', '.join(PRESETS)}, got {config.model.size!r}")
+    return {k: v for k, v in asdict(config.model).items() if k != "size" and v is not None}
+
+
+def check_image_size(config: Config, factor: int) -> None:
+    """Raises: ConfigError when the image side is not a multiple of the VAE's factor times the patch."""
+    patch = config.model.patch_size or PRESETS[config.model.size]["patch_size"]
+    if config.data.image_size % (patch * factor):
+        raise ConfigError(
+            f"data.image_size: wanted a multiple of {patch * factor} (patch {patch} x latent factor {factor}), "
+            f"got {config.data.image_size}"
+        )
+
+
+def load_codec(config: Config, ranks: Ranks, dtype: torch.dtype) -> PixelCodec | VaeCodec:
+    """Pixels, or the VAE (from its own folder or a pipeline's `vae` subfolder), checked before its weights are read.
+
+    Raises: ConfigError.
+    """
+    if config.data.vae == "pixels":
+        check_image_size(config, PixelCodec.factor)
+        return PixelCodec()
+    own_folder = (Path(config.data.vae) / "config.json").is_file()
+    where: dict[str, Any] = {} if own_folder else {"subfolder": "vae"}
+    try:
+        settings = AutoencoderKL.load_config(config.data.vae, **where)
+        check_image_size(config, latent_factor(settings))
+        vae = AutoencoderKL.from_pretrained(config.data.vae, torch_dtype=dtype, **where)
+    except OSError as error:
+        raise ConfigError(f"data.vae: wanted a diffusers AutoencoderKL or 'pixels': {first_line(error)}") from None
+    return VaeCodec(vae.to(ranks.device))
+
+
+def first_line(error: Exception) -> str:
+    """An exception's message without its paragraphs."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def load_encoder(config: Config, ranks: Ranks, dtype: torch.dtype) -> TextEncoder:
+    """The frozen LLM on the device, set to the layers the strategy reads. Raises: ConfigError."""
+    path: str | Path = config.text.llm
+    try:
+        if config.text.llm == embedded_llm.NAME:
+            path = embedded_llm.converted()
+        encoder = TextEncoder.from_pretrained(
+            path,
+            device=ranks.device,
+            dtype=dtype,
+            template=config.text.template,
+            max_tokens=config.text.max_tokens,
+            cache_bytes=config.text.cache_mb << 20,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"text.llm: {first_line(error).removeprefix('text.llm: ')}") from None
+    if config.model.text_layers not in (None, encoder.num_layers):
+        raise ConfigError(
+            f"text.llm: wanted {config.model.text_layers} layers (model.text_layers), {config.text.llm!r} has "
+            f"{encoder.num_layers}"
+        )
+    encoder.layer_ids = layers_read(config.strategy, encoder.num_layers)
+    return encoder
+
+
+def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[Parts, Evaluator]:
+    """Everything a run needs, checked cheapest first. Raises: ConfigError."""
+    sizes = model_sizes(config)
+    check_image_size(config, 1)  # again with the VAE's factor, once that is known
+    if config.data.shapes_samples and ranks.first:
+        try:
+            prepare_shapes(
+                config.data.path,
+                samples=config.data.shapes_samples,
+                captions=config.data.shapes_captions,
+                size=config.data.image_size,
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.path: {error}") from None
+    ranks.barrier()
+    dtype = torch.float32
+    if config.dtype == "bf16" or (config.dtype == "auto" and fast_bf16(ranks.device)):
+        dtype = torch.bfloat16
+    codec = load_codec(config, ranks, dtype)
+    encoder = load_encoder(config, ranks, dtype)
+    sizes |= {"in_channels": codec.channels, "text_dim": encoder.text_dim, "text_layers": encoder.num_layers}
+    try:
+        shape = build(config.strategy, config.model.size, device="meta", **sizes)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+    for line in preflight.check(
+        config, ranks, parameter_count(shape), dtype,
+        f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.layer_ids)} read",
+    ):  # fmt: skip
+        say(line)
+
+    def new_model() -> DiT:
+        torch.manual_seed(config.seed)
+        return build(config.strategy, config.model.size, **sizes)
+
+    model = new_model().to(ranks.device)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    engine = build_engine(model, config, ranks.world, dtype == torch.bfloat16)
+    ema = Ema(engine, config.optim.ema)
+    micro = engine.train_micro_batch_size_per_gpu()
+    loader = TrainLoader(
+        Path(config.data.path) / "train", config.data.image_size, micro, config.data.workers, config.seed
+    )
+    evaluator = Evaluator(config, ranks, new_model, dtype, encoder, codec)
+    return Parts(config, ranks, dtype, encoder, codec, engine, ema, loader), evaluator
