@@ -54,25 +54,25 @@ def _check_hidden(hidden: Tensor | Sequence[Tensor]) -> list[Tensor]:
         layers = list(hidden)
         if not layers:
             checks.fail("hidden", "at least one layer", "an empty sequence")
+        checks.tensor("hidden[0]", layers[0], ndim=2)
+        shape, dtype, device = layers[0].shape, layers[0].dtype, layers[0].device
         for i, layer in enumerate(layers):
+            if isinstance(layer, Tensor) and layer.shape == shape and layer.dtype is dtype and layer.device == device:
+                continue
             checks.tensor(f"hidden[{i}]", layer, ndim=2)
-            if layer.shape != layers[0].shape or layer.dtype != layers[0].dtype:
-                checks.fail(
-                    f"hidden[{i}]",
-                    f"shape {list(layers[0].shape)} and {layers[0].dtype} (those of hidden[0])",
-                    f"{list(layer.shape)} and {layer.dtype}",
-                )
-        checks.same_device("hidden[0]", layers[0].device, **{f"hidden[{i}]": x for i, x in enumerate(layers)})
+            checks.same_device("hidden[0]", device, **{f"hidden[{i}]": layer})
+            wanted = f"shape {list(shape)} and {dtype} (those of hidden[0])"
+            checks.fail(f"hidden[{i}]", wanted, f"{list(layer.shape)} and {layer.dtype}")
+    if 0 in layers[0].shape:
+        checks.fail("hidden", "no empty dimension", f"shape {list(layers[0].shape)}")
     for i, layer in enumerate(layers):
-        if 0 in layer.shape:
-            checks.fail("hidden", "no empty dimension", f"shape {list(layer.shape)}")
         if layer.stride(-1) != 1:
             checks.fail(f"hidden[{i}]", "a last dimension of stride 1", f"strides {layer.stride()}")
-        if layer.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "hidden: the LLM is frozen, so hidden must not require grad; detach it, or use "
-                "sr_kernels.routing.reference.route, which differentiates through it"
-            )
+    if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
+        raise ValueError(
+            "hidden: the LLM is frozen, so hidden must not require grad; detach it, or use "
+            "sr_kernels.routing.reference.route, which differentiates through it"
+        )
     return layers
 
 
