@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 # None when a backend can run here, else the reason why not; or a function that finds out, called only if it matters
-Reason: TypeAlias = "str | None | Callable[[], str | None]"
+Reason: TypeAlias = "str | Callable[[], str | None] | None"
 
 
 def choose(requested: str | None, variable: str, usable: Mapping[str, Reason], where: str) -> str:

@@ -6,6 +6,7 @@ gradient, `layernorm` starts from the same inputs as ours and `saved` from a nor
 """
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def gradient_of(name, x, grad, cu_seqlens, weights):
         if cu_seqlens is None:
             return grad.flatten(1) @ xhat.flatten(1).T  # many times faster than the einsum
         bounds = cu_seqlens.tolist()
-        pairs = zip(bounds, bounds[1:], strict=False)
+        pairs = itertools.pairwise(bounds)
         return torch.stack([grad[:, a:b].flatten(1) @ xhat[:, a:b].flatten(1).T for a, b in pairs])
 
     return run

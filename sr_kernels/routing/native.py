@@ -1,6 +1,6 @@
 """The C++ CPU backend: csrc/routing_cpu.cpp, built on first use into torch's extension cache.
 
-Its ops are registered beside the generic ones, so that a call reaches C++ through the dispatcher with no Python between.
+Its ops are registered beside the generic ones, so that a call reaches C++ with no Python between.
 """
 
 from __future__ import annotations
