@@ -79,12 +79,12 @@ Tensor route_backward(const Tensor& grad_, at::TensorList hidden, const Tensor& 
     const auto chunks = chunks_of(cu_seqlens, x.tokens);
     std::vector<float> partials(chunks.size() * size);
     const Backward<scalar_t> backward{x, grad, mean, rstd, out, grad_sumsq};
-    at::parallel_for(0, chunks.size(), 1, [&](int64_t begin, int64_t end) {
-      auto tile = scratch(backward.tile_floats()), acc = scratch(size * W);
-      auto extra = scratch(blocks * W + 2 * x.layers);
-      for (int64_t i = begin; i < end; ++i)
+    parallel_ranges(chunks.size(), 1, [&] {
+      return [&, tile = scratch(backward.tile_floats()), acc = scratch(size * W),
+              extra = scratch(blocks * W + 2 * x.layers)](int64_t i, int64_t) {
         backward.chunk(chunks[i], tile.get(), reinterpret_cast<vec*>(acc.get()), extra.get(),
                        partials.data() + i * size);
+      };
     });
     const int64_t batch = cu_seqlens ? cu_seqlens->numel() - 1 : 1;
     std::vector<double> total(batch * size);  // summed in the order of the chunks

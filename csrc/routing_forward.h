@@ -1,8 +1,6 @@
 // out[d,t,:] = sum over l of weights[b(t),d,l] * xhat[l,t,:].
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include "rows.h"
 
 namespace sr {
@@ -75,26 +73,28 @@ void route_rows(const Rows<T>& x, const Tensor& weights, const optional<Tensor>&
   const int32_t* bounds = weights.dim() == 3 ? cu_seqlens->const_data_ptr<int32_t>() : nullptr;
   T* const to = out.data_ptr<T>();
   const int64_t ld = leading(COLS);
-  at::parallel_for(0, tokens, 1, [&](int64_t begin, int64_t end) {
-    auto tile = scratch(layers * ld), lanes = scratch(sumsq ? blocks * W : 0);
-    vec* squares = sumsq ? reinterpret_cast<vec*>(lanes.get()) : nullptr;
-    int64_t sample = 0;
-    for (int64_t t = begin; t < end; ++t) {
-      while (bounds && bounds[sample + 1] <= t) ++sample;
-      if (!given)
-        for (int64_t l = 0; l < layers; ++l)
-          std::tie(mean[l * tokens + t], rstd[l * tokens + t]) = row_stats(x.row(l, t), channels);
-      if (sumsq) std::fill(squares, squares + blocks, vec{});
-      for (int64_t c = 0; c < channels; c += COLS) {
-        const int64_t n = std::min(COLS, channels - c);
-        for (int64_t l = 0; l < layers; ++l)
-          pack(x.row(l, t) + c, n, COLS, x.stride[l], mean[l * tokens + t], rstd[l * tokens + t], tile.get() + l * ld);
-        mix_tile(tile.get(), ld, w.data() + sample * layers * blocks, blocks, layers, to + t * channels + c,
-                 tokens * channels, n, squares);
+  const int64_t step = std::clamp<int64_t>(tokens / (8 * at::get_num_threads()), 1, 16);
+  parallel_ranges(tokens, step, [&] {
+    return [&, tile = scratch(layers * ld), lanes = scratch(sumsq ? blocks * W : 0)](int64_t begin, int64_t end) {
+      vec* squares = sumsq ? reinterpret_cast<vec*>(lanes.get()) : nullptr;
+      int64_t sample = 0;
+      for (int64_t t = begin; t < end; ++t) {
+        while (bounds && bounds[sample + 1] <= t) ++sample;
+        if (!given)
+          for (int64_t l = 0; l < layers; ++l)
+            std::tie(mean[l * tokens + t], rstd[l * tokens + t]) = row_stats(x.row(l, t), channels);
+        if (sumsq) std::fill(squares, squares + blocks, vec{});
+        for (int64_t c = 0; c < channels; c += COLS) {
+          const int64_t n = std::min(COLS, channels - c);
+          for (int64_t l = 0; l < layers; ++l)
+            pack(x.row(l, t) + c, n, COLS, x.stride[l], mean[l * tokens + t], rstd[l * tokens + t], tile.get() + l * ld);
+          mix_tile(tile.get(), ld, w.data() + sample * layers * blocks, blocks, layers, to + t * channels + c,
+                   tokens * channels, n, squares);
+        }
+        if (sumsq)
+          for (int64_t d = 0; d < blocks; ++d) sumsq[d * tokens + t] = sum(squares[d]);
       }
-      if (sumsq)
-        for (int64_t d = 0; d < blocks; ++d) sumsq[d * tokens + t] = sum(squares[d]);
-    }
+    };
   });
 }
 

@@ -1,9 +1,11 @@
 // The rows of hidden, their LayerNorm statistics, and tiles of them normalised into a scratch.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -58,6 +60,18 @@ void want_huge_pages(const Tensor& x) {
 #endif
 }
 
+// Each thread makes a worker with make(), then calls it on ranges [begin, end) of 0..n, whichever is next: a thread that
+// is held up holds up no other. For work whose result does not depend on who does it.
+template <class Make>
+void parallel_ranges(int64_t n, int64_t step, const Make& make) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (n + step - 1) / step);
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto work = make();
+    for (int64_t begin; (begin = next.fetch_add(step)) < n;) work(begin, std::min(begin + step, n));
+  });
+}
+
 // The rows hidden[l, t, :], from one [L,T,C] tensor or from L tensors [T,C].
 template <class T>
 struct Rows {
@@ -78,42 +92,41 @@ struct Rows {
   const T* row(int64_t l, int64_t t) const { return base[l] + t * stride[l]; }
 };
 
-// Mean and 1/deviation of a row that stays in L1. The mean is corrected once by the mean of what it leaves, so that
-// a constant row centres to zero and a mean of many deviations costs nothing; the variance is that of the centred row.
+// Mean and 1/deviation of a row that stays in L1: from the sums of x and x^2 where the mean is at most two deviations,
+// so that their difference keeps its digits; else from a second pass over the centred row, which also corrects the mean
+// by the mean of what it leaves: a constant row centres to zero.
 template <class T>
 std::pair<float, float> row_stats(const T* p, int64_t n) {
   const int64_t whole = n / P * P;
-  vec s[4] = {};
+  vec s[4] = {}, q[4] = {};
   int64_t c = 0;
-  for (; c + 2 * P <= n; c += 2 * P) {
-    Pair x = load_pair(p + c), y = load_pair(p + c + P);
-    s[0] += x.a, s[1] += x.b, s[2] += y.a, s[3] += y.b;
+  for (; c + 4 * P <= n; c += 4 * P) {
+    SR_UNROLL for (int i = 0; i < 4; ++i) add_moments(p + c + i * P, s[i], q[i]);
   }
-  for (; c < whole; c += P) s[0] += load_pair(p + c).a, s[1] += load_pair(p + c).b;
-  float total = sum((s[0] + s[1]) + (s[2] + s[3]));
-  for (; c < n; ++c) total += static_cast<float>(p[c]);
-  const float mean = total / n;
-  vec d[4] = {}, q[4] = {};
-  auto add = [&](int i, vec v) {
-    v -= mean;
-    d[i] += v;
-    q[i] += v * v;
-  };
-  for (c = 0; c + 2 * P <= n; c += 2 * P) {
-    Pair x = load_pair(p + c), y = load_pair(p + c + P);
-    add(0, x.a), add(1, x.b), add(2, y.a), add(3, y.b);
+  for (; c < whole; c += P) add_moments(p + c, s[0], q[0]);
+  float total = sum((s[0] + s[1]) + (s[2] + s[3])), squares = sum((q[0] + q[1]) + (q[2] + q[3]));
+  for (; c < n; ++c) {
+    const float v = static_cast<float>(p[c]);
+    total += v, squares += v * v;
   }
-  for (; c < whole; c += P) {
+  const float mean = total / n, raw = squares / n - mean * mean;
+  if (4 * raw > mean * mean) return {mean, 1.f / std::sqrt(raw + EPS)};
+
+  vec d[2] = {}, e[2] = {};
+  float left = 0;
+  squares = 0;
+  for (c = 0; c < whole; c += P) {
     Pair x = load_pair(p + c);
-    add(0, x.a), add(1, x.b);
+    x.a -= mean, x.b -= mean;
+    d[0] += x.a, d[1] += x.b;
+    e[0] += x.a * x.a, e[1] += x.b * x.b;
   }
-  float left = sum((d[0] + d[1]) + (d[2] + d[3])), squares = sum((q[0] + q[1]) + (q[2] + q[3]));
   for (; c < n; ++c) {
     const float v = static_cast<float>(p[c]) - mean;
     left += v, squares += v * v;
   }
-  left /= n;
-  const float variance = squares / n - left * left;
+  left = (left + sum(d[0] + d[1])) / n;
+  const float variance = (squares + sum(e[0] + e[1])) / n - left * left;
   return {mean + left, 1.f / std::sqrt(std::max(variance, 0.f) + EPS)};
 }
 

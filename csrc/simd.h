@@ -100,6 +100,21 @@ inline void store_part(T* p, Pair x, int64_t n) {
   std::memcpy(static_cast<void*>(p), whole, n * sizeof(T));
 }
 
+// s += x and q += x^2 over a pair, lane by lane.
+template <class T>
+inline void add_moments(const T* p, vec& s, vec& q) {
+  const Pair x = load_pair(p);
+  s += x.a + x.b;
+  q += x.a * x.a + x.b * x.b;
+}
+#ifdef __AVX512BF16__
+inline void add_moments(const c10::BFloat16* p, vec& s, vec& q) {
+  const __m512bh x = (__m512bh)_mm512_loadu_si512(p), ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+  s = (vec)_mm512_dpbf16_ps((__m512)s, x, ones);
+  q = (vec)_mm512_dpbf16_ps((__m512)q, x, x);
+}
+#endif
+
 inline float sum(vec v) {
   float x[W];
   std::memcpy(x, &v, sizeof v);
