@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,15 +11,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sr_kernels import backends, checks
-from sr_kernels.routing import reference
+from sr_kernels.routing import native, reference
 
 VARIABLE = "SR_KERNELS_BACKEND"
 LIBRARY = torch.library.Library("sr_kernels", "FRAGMENT")
 
 
-def backend_for(device: torch.device, requested: str | None = None) -> str:
+def backend_for(device: torch.device, requested: str | None = None, dtype: torch.dtype = torch.float32) -> str:
     """Name of the routing backend that runs on `device`; see `sr_kernels.backends.choose` for the errors."""
-    return backends.choose(requested, VARIABLE, {"reference": None}, f"routing on {device.type}")
+    return _chosen(device.type, requested, os.environ.get(VARIABLE), dtype)
+
+
+@torch.compiler.assume_constant_result  # a compiled graph keeps its backend; the tracer must not follow a build
+def _chosen(*asked: Any) -> str:
+    """`_choose`, once for each of its inputs."""
+    if asked not in _CHOSEN:
+        _CHOSEN[asked] = _choose(*asked)
+    return _CHOSEN[asked]
+
+
+_CHOSEN: dict[tuple[Any, ...], str] = {}
+
+
+def _choose(device: str, requested: str | None, variable: str | None, dtype: torch.dtype) -> str:
+    usable: dict[str, backends.Reason] = {"reference": None}
+    if device != "cpu":
+        usable["native"] = f"it is for the CPU, not {device}"
+    elif dtype not in native.DTYPES:
+        usable["native"] = f"it has no kernel for {dtype}"
+    else:
+        asked = requested or variable
+        usable = {"native": native.why_not if asked else native.why_not_with_warning, **usable}
+    return backends.choose(requested, VARIABLE, usable, f"routing on {device}")
 
 
 def _check_hidden(hidden: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -30,25 +54,25 @@ def _check_hidden(hidden: Tensor | Sequence[Tensor]) -> list[Tensor]:
         layers = list(hidden)
         if not layers:
             checks.fail("hidden", "at least one layer", "an empty sequence")
+        checks.tensor("hidden[0]", layers[0], ndim=2)
+        shape, dtype, device = layers[0].shape, layers[0].dtype, layers[0].device
         for i, layer in enumerate(layers):
+            if isinstance(layer, Tensor) and layer.shape == shape and layer.dtype is dtype and layer.device == device:
+                continue
             checks.tensor(f"hidden[{i}]", layer, ndim=2)
-            if layer.shape != layers[0].shape or layer.dtype != layers[0].dtype:
-                checks.fail(
-                    f"hidden[{i}]",
-                    f"shape {list(layers[0].shape)} and {layers[0].dtype} (those of hidden[0])",
-                    f"{list(layer.shape)} and {layer.dtype}",
-                )
-        checks.same_device("hidden[0]", layers[0].device, **{f"hidden[{i}]": x for i, x in enumerate(layers)})
+            checks.same_device("hidden[0]", device, **{f"hidden[{i}]": layer})
+            wanted = f"shape {list(shape)} and {dtype} (those of hidden[0])"
+            checks.fail(f"hidden[{i}]", wanted, f"{list(layer.shape)} and {layer.dtype}")
+    if 0 in layers[0].shape:
+        checks.fail("hidden", "no empty dimension", f"shape {list(layers[0].shape)}")
     for i, layer in enumerate(layers):
-        if 0 in layer.shape:
-            checks.fail("hidden", "no empty dimension", f"shape {list(layer.shape)}")
         if layer.stride(-1) != 1:
             checks.fail(f"hidden[{i}]", "a last dimension of stride 1", f"strides {layer.stride()}")
-        if layer.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "hidden: the LLM is frozen, so hidden must not require grad; detach it, or use "
-                "sr_kernels.routing.reference.route, which differentiates through it"
-            )
+    if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
+        raise ValueError(
+            "hidden: the LLM is frozen, so hidden must not require grad; detach it, or use "
+            "sr_kernels.routing.reference.route, which differentiates through it"
+        )
     return layers
 
 
@@ -128,6 +152,25 @@ def _route_backward_fake(
     return mean.new_empty(shape if cu_seqlens is None else (cu_seqlens.shape[0] - 1, *shape))
 
 
+def _forward(
+    weights: Tensor,
+    hidden: list[Tensor],
+    stats: tuple[Tensor, Tensor] | None,
+    cu_seqlens: Tensor | None,
+    sumsq: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, squares, mean, rstd), by the op of `backend`; the statistics are taken where None."""
+    ops = torch.ops.sr_kernels
+    if backend == "native":
+        if stats is None:
+            return ops.native_route_fused(hidden, weights, cu_seqlens, sumsq)
+        return *ops.native_route(hidden, weights, *stats, cu_seqlens, sumsq), *stats
+    if stats is None:
+        stats = ops.layer_stats(hidden, backend)
+    return *ops.route(hidden, weights, *stats, cu_seqlens, sumsq, backend), *stats
+
+
 class _Route(torch.autograd.Function):
     """Gradient to the weights only: hidden comes from a frozen LLM."""
 
@@ -136,15 +179,14 @@ class _Route(torch.autograd.Function):
         ctx: Any,
         weights: Tensor,
         hidden: list[Tensor],
-        mean: Tensor,
-        rstd: Tensor,
+        stats: tuple[Tensor, Tensor] | None,
         cu_seqlens: Tensor | None,
         sumsq: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        out, squares = torch.ops.sr_kernels.route(hidden, weights, mean, rstd, cu_seqlens, sumsq, backend)
-        ctx.save_for_backward(mean, rstd, cu_seqlens, out if sumsq else None, *hidden)
-        ctx.per_sample, ctx.backend, ctx.dtype = weights.ndim == 3, backend, weights.dtype
+        out, squares, mean, rstd = _forward(weights, hidden, stats, cu_seqlens, sumsq, backend)
+        ctx.save_for_backward(mean, rstd, cu_seqlens if weights.ndim == 3 else None, out if sumsq else None, *hidden)
+        ctx.backend = backend
         if not sumsq:
             ctx.mark_non_differentiable(squares)
         return out, squares
@@ -153,11 +195,14 @@ class _Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_squares: Tensor) -> tuple[Tensor | None, ...]:
         mean, rstd, cu_seqlens, out, *hidden = ctx.saved_tensors
-        if out is not None:  # d(sum out^2) = 2 out
-            grad = grad + (2 * grad_squares[..., None] * out.to(grad_squares.dtype)).to(grad.dtype)
-        segments = cu_seqlens if ctx.per_sample else None
-        d_weights = torch.ops.sr_kernels.route_backward(grad, hidden, mean, rstd, segments, ctx.backend)
-        return d_weights.to(ctx.dtype), None, None, None, None, None, None
+        if ctx.backend == "native":
+            squares = None if out is None else grad_squares
+            d_weights = torch.ops.sr_kernels.native_route_backward(grad, hidden, mean, rstd, cu_seqlens, out, squares)
+        else:
+            if out is not None:  # d(sum out^2) = 2 out
+                grad = grad + (2 * grad_squares[..., None] * out.to(grad_squares.dtype)).to(grad.dtype)
+            d_weights = torch.ops.sr_kernels.route_backward(grad, hidden, mean, rstd, cu_seqlens, ctx.backend)
+        return d_weights, None, None, None, None, None
 
 
 def layer_stats(hidden: Tensor | Sequence[Tensor], *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -165,14 +210,17 @@ def layer_stats(hidden: Tensor | Sequence[Tensor], *, backend: str | None = None
 
     Args:
         hidden: [L, T, C], or a sequence of L tensors [T, C]; fp32, fp16, bf16 (or fp64).
-        backend: "reference"; default by device.
+        backend: "native" (CPU) or "reference"; default by device.
 
     Returns: (mean, rstd), each [L, T], fp32 (fp64 for fp64 input): exact two-pass variance, eps 1e-5 (eq. 2).
 
     Raises: ValueError or TypeError naming the argument, from metadata alone.
     """
     layers = _check_hidden(hidden)
-    return torch.ops.sr_kernels.layer_stats(layers, backend_for(layers[0].device, backend))
+    chosen = backend_for(layers[0].device, backend, layers[0].dtype)
+    if chosen == "native":
+        return torch.ops.sr_kernels.native_layer_stats(layers)
+    return torch.ops.sr_kernels.layer_stats(layers, chosen)
 
 
 def route(
@@ -192,7 +240,7 @@ def route(
         cu_seqlens: [B+1] int32, the samples' bounds in T; needed with per-sample weights.
         stats: (mean, rstd), each [L, T], from `layer_stats`; taken here when None.
         return_sumsq: also return sum over c of out^2, [D, T]: the row factor of an RMSNorm that follows.
-        backend: "reference"; default by device, or SR_KERNELS_BACKEND.
+        backend: "native" (CPU) or "reference"; default by device, or SR_KERNELS_BACKEND.
 
     Returns: out [D, T, C] in hidden's dtype; with return_sumsq (out, sumsq [D, T] fp32). Gradient to weights only.
 
@@ -217,14 +265,16 @@ def route(
         elif cu_seqlens.numel() != weights.shape[0] + 1:
             checks.fail("cu_seqlens", f"{weights.shape[0] + 1} entries (weights has B={weights.shape[0]})",
                         f"{cu_seqlens.numel()}")  # fmt: skip
-    chosen = backend_for(layers[0].device, backend)
-    if stats is None:
-        stats = torch.ops.sr_kernels.layer_stats(layers, chosen)
-    mean, rstd = stats
-    for name, value in (("stats[0] (mean)", mean), ("stats[1] (rstd)", rstd)):
-        checks.tensor(name, value, ndim=2, dtypes=(wide,))
-        if tuple(value.shape) != (n_layers, tokens):
-            checks.fail(name, f"shape [{n_layers}, {tokens}]", list(value.shape))
-    checks.same_device("hidden", layers[0].device, weights=weights, cu_seqlens=cu_seqlens, mean=mean, rstd=rstd)
-    out, squares = _Route.apply(weights, layers, mean, rstd, cu_seqlens, return_sumsq, chosen)
+    checks.same_device("hidden", layers[0].device, weights=weights, cu_seqlens=cu_seqlens)
+    if stats is not None:
+        for name, value in zip(("stats[0] (mean)", "stats[1] (rstd)"), stats, strict=True):
+            checks.tensor(name, value, ndim=2, dtypes=(wide,))
+            if tuple(value.shape) != (n_layers, tokens):
+                checks.fail(name, f"shape [{n_layers}, {tokens}]", list(value.shape))
+            checks.same_device("hidden", layers[0].device, **{name: value})
+    chosen = backend_for(layers[0].device, backend, layers[0].dtype)
+    if weights.requires_grad and torch.is_grad_enabled():
+        out, squares = _Route.apply(weights, layers, stats, cu_seqlens, return_sumsq, chosen)
+    else:  # autograd would cost more than the checks
+        out, squares, _, _ = _forward(weights, layers, stats, cu_seqlens, return_sumsq, chosen)
     return (out, squares) if return_sumsq else out

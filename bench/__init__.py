@@ -1,0 +1,1 @@
+"""Benchmarks: kernels (pytest-benchmark), and the bytes-and-flops model they are held to."""

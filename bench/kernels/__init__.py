@@ -1,0 +1,1 @@
+"""Micro-benchmarks of the kernels: `pytest bench/kernels --benchmark-only`."""
