@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,21 @@ VARIABLE = "SR_KERNELS_BACKEND"
 LIBRARY = torch.library.Library("sr_kernels", "FRAGMENT")
 
 
-def backend_for(device: torch.device, requested: str | None = None) -> str:
+def backend_for(device: torch.device, requested: str | None = None, dtype: torch.dtype = torch.float32) -> str:
     """Name of the routing backend that runs on `device`; see `sr_kernels.backends.choose` for the errors."""
-    return backends.choose(requested, VARIABLE, {"reference": None}, f"routing on {device.type}")
+    usable: dict[str, str | None] = {"reference": None}
+    triton = "it has no fp64 kernel" if dtype == torch.float64 else _triton_reason(device)
+    usable = {"triton": triton, **usable} if device.type == "cuda" else {**usable, "triton": triton}
+    return backends.choose(requested, VARIABLE, usable, f"routing on {device.type}")
+
+
+def _triton_reason(device: torch.device) -> str | None:
+    """None when the Triton kernels run on `device`, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from sr_kernels.routing import launch
+
+    return launch.usable(device)
 
 
 def _check_hidden(hidden: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -73,6 +86,10 @@ LIBRARY.define(
 
 @torch.library.impl(LIBRARY, "layer_stats", "CompositeExplicitAutograd")
 def _layer_stats(hidden: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from sr_kernels.routing import launch
+
+        return launch.layer_stats(hidden)
     return reference.layer_stats(_unlist(hidden))
 
 
@@ -93,6 +110,10 @@ def _route(
     sumsq: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from sr_kernels.routing import launch
+
+        return launch.route(hidden, weights, mean, rstd, cu_seqlens, sumsq)
     out = reference.route(_unlist(hidden), weights, cu_seqlens=cu_seqlens, stats=(mean, rstd), return_sumsq=sumsq)
     return (out[0], out[1].contiguous()) if isinstance(out, tuple) else (out, mean.new_empty(0))
 
@@ -116,6 +137,10 @@ def _route_fake(
 def _route_backward(
     grad: Tensor, hidden: list[Tensor], mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None, backend: str
 ) -> Tensor:
+    if backend == "triton":
+        from sr_kernels.routing import launch
+
+        return launch.route_backward(grad, hidden, mean, rstd, cu_seqlens)
     return reference.route_backward(grad, _unlist(hidden), stats=(mean, rstd), cu_seqlens=cu_seqlens)
 
 
@@ -165,14 +190,14 @@ def layer_stats(hidden: Tensor | Sequence[Tensor], *, backend: str | None = None
 
     Args:
         hidden: [L, T, C], or a sequence of L tensors [T, C]; fp32, fp16, bf16 (or fp64).
-        backend: "reference"; default by device.
+        backend: "triton" or "reference"; default by device.
 
     Returns: (mean, rstd), each [L, T], fp32 (fp64 for fp64 input): exact two-pass variance, eps 1e-5 (eq. 2).
 
     Raises: ValueError or TypeError naming the argument, from metadata alone.
     """
     layers = _check_hidden(hidden)
-    return torch.ops.sr_kernels.layer_stats(layers, backend_for(layers[0].device, backend))
+    return torch.ops.sr_kernels.layer_stats(layers, backend_for(layers[0].device, backend, layers[0].dtype))
 
 
 def route(
@@ -192,7 +217,7 @@ def route(
         cu_seqlens: [B+1] int32, the samples' bounds in T; needed with per-sample weights.
         stats: (mean, rstd), each [L, T], from `layer_stats`; taken here when None.
         return_sumsq: also return sum over c of out^2, [D, T]: the row factor of an RMSNorm that follows.
-        backend: "reference"; default by device, or SR_KERNELS_BACKEND.
+        backend: "triton" or "reference"; default by device, or SR_KERNELS_BACKEND.
 
     Returns: out [D, T, C] in hidden's dtype; with return_sumsq (out, sumsq [D, T] fp32). Gradient to weights only.
 
@@ -217,7 +242,7 @@ def route(
         elif cu_seqlens.numel() != weights.shape[0] + 1:
             checks.fail("cu_seqlens", f"{weights.shape[0] + 1} entries (weights has B={weights.shape[0]})",
                         f"{cu_seqlens.numel()}")  # fmt: skip
-    chosen = backend_for(layers[0].device, backend)
+    chosen = backend_for(layers[0].device, backend, layers[0].dtype)
     if stats is None:
         stats = torch.ops.sr_kernels.layer_stats(layers, chosen)
     mean, rstd = stats

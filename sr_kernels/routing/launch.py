@@ -1,0 +1,242 @@
+"""Launches of the Triton routing kernels: tile sizes as a pure function of shape, dtype and architecture."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from sr_kernels import checks
+from sr_kernels.routing import triton_kernels as kernels
+from sr_kernels.routing.reference import LN_EPS
+
+MAX_LAYERS = 64  # one tile holds every layer
+MAX_BLOCKS = 64  # and every block
+MAX_CHANNELS = 32768  # a row is held in one warp group's registers while its statistics are taken
+MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # by major compute capability; only the number of partial sums depends on it
+PARTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # operand parts that keep the error at the output's
+TABLES: dict[tuple[object, ...], Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile sizes of one kernel; `parts` programs share a token's channels (forward) or a sample's tokens (backward)."""
+
+    block_c: int
+    tiles: int
+    warps: int
+    parts: int = 1
+    stages: int = 1
+    block_l: int = 0
+    rest_l: int = 0
+    block_d: int = 0
+    rest_c: int = 0
+
+
+def _power(n: int, least: int = 1) -> int:
+    return max(triton.next_power_of_2(n), least)
+
+
+def _layer_blocks(n_layers: int) -> tuple[int, int]:
+    """Two powers of two that hold the layers in multiples of 16, the tensor cores' depth: 36 -> 32 + 16."""
+    if 32 < n_layers <= 48:
+        return 32, 16
+    return _power(n_layers, 16), 0
+
+
+def stats_launch(channels: int) -> Launch:
+    """A row as BLOCK_C + REST_C channels, powers of two: 2560 = 2048 + 512."""
+    block = 1 << (channels.bit_length() - 1)
+    rest = _power(channels - block) if channels > block else 0
+    return Launch(block_c=block, rest_c=rest, tiles=1, warps=max(1, min(16, _power(channels) // 4096)))
+
+
+def forward_launch(dtype: torch.dtype, n_layers: int, blocks: int, channels: int, tokens: int, arch: int) -> Launch:
+    """Forward: tiles of one token; the channels are shared out only where there are too few tokens to fill the GPU."""
+    block_l, rest_l = _layer_blocks(n_layers)
+    if blocks == 1:
+        block_c, warps, stages = 512, (2 if dtype.itemsize == 2 else 4), 1
+    else:
+        block_c, warps, stages = (128 if dtype.itemsize == 2 else 64), 4, 3
+    tiles = triton.cdiv(channels, block_c)
+    wanted = triton.cdiv(8 * MULTIPROCESSORS.get(arch // 10, 132), tokens)
+    parts = next(n for n in range(1, tiles + 1) if tiles % n == 0 and n >= min(wanted, tiles))
+    return Launch(block_c, tiles // parts, warps, parts, stages, block_l, rest_l, _power(blocks, 16))
+
+
+def backward_launch(
+    dtype: torch.dtype, n_layers: int, blocks: int, channels: int, tokens: int, samples: int, arch: int
+) -> Launch:
+    """Gradient: `parts` programs a sample, enough for two waves, at least 8 where one sample is much the longest."""
+    if blocks == 1:
+        block_l, rest_l = _layer_blocks(n_layers)
+        block_c, warps, stages = (256 if dtype.itemsize == 2 else 128), 4, 3
+    else:
+        block_l, rest_l = _power(n_layers, 16), 0
+        block_c, warps, stages = (64 if dtype.itemsize == 2 else 32), 4, 4
+    wanted = max(8, triton.cdiv(8 * MULTIPROCESSORS.get(arch // 10, 132), samples))
+    parts = min(wanted, triton.cdiv(tokens, samples))
+    return Launch(block_c, triton.cdiv(channels, block_c), warps, parts, stages, block_l, rest_l, _power(blocks, 16))
+
+
+def usable(device: torch.device) -> str | None:
+    """None when the kernels can run on `device`, else the reason why not."""
+    if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
+        return None
+    return "Triton needs a CUDA device"
+
+
+def check(layers: list[Tensor], blocks: int = 1) -> None:
+    """Raise a ValueError that names the argument for what the tiles cannot hold or a row pointer cannot reach."""
+    first = layers[0]
+    n_layers = len(layers) if first.ndim == 2 else first.shape[0]
+    if first.dtype not in PARTS:
+        checks.fail("hidden", "dtype float32, float16 or bfloat16 with the triton backend", first.dtype)
+    if n_layers > MAX_LAYERS:
+        checks.fail("hidden", f"at most {MAX_LAYERS} layers with the triton backend", n_layers)
+    if first.shape[-1] > MAX_CHANNELS:
+        checks.fail("hidden", f"at most {MAX_CHANNELS} channels with the triton backend", first.shape[-1])
+    if blocks > MAX_BLOCKS:
+        checks.fail("weights", f"at most {MAX_BLOCKS} blocks with the triton backend", blocks)
+    for i, layer in enumerate(layers):
+        if layer.stride(-2) != first.stride(-2):
+            checks.fail(f"hidden[{i}]", f"row stride {first.stride(-2)} (that of hidden[0])", layer.stride(-2))
+
+
+def _arch(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90  # the interpreter follows the launches of the main target
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _table(layers: list[Tensor]) -> Tensor:
+    """The layers' addresses [L] int64 on the device. Kept per stream, since a later call on it sees the write.
+
+    Under graph capture the write must be in the graph and the memory in its pool, so nothing is kept.
+    """
+    device = layers[0].device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, *(x.data_ptr() for x in layers))
+    if capturing or key not in TABLES:
+        table = torch.empty(len(layers), dtype=torch.int64, device=device)
+        kernels.pointer_table[(1,)](table, tuple(layers), num_warps=1)
+        if capturing:
+            return table
+        if len(TABLES) >= 64:
+            TABLES.clear()
+        TABLES[key] = table
+    return TABLES[key]
+
+
+def _hidden(layers: list[Tensor]) -> dict[str, object]:
+    """The kernel arguments that say where `hidden` lies."""
+    first = layers[0]
+    size = first.element_size()
+    aligned = all(x.data_ptr() % 16 == 0 for x in layers) and first.stride(-2) * size % 16 == 0
+    tuple_form = first.ndim == 2
+    return {
+        "hidden": first,
+        "table": _table(layers) if tuple_form else None,
+        "stride_l": 0 if tuple_form else first.stride(0),
+        "stride_t": first.stride(-2),
+        "TUPLE": tuple_form,
+        "ALIGN": 16 if aligned else size,
+    }
+
+
+def layer_stats(layers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and rstd, two of [L, T] fp32, of hidden in the op's list form."""
+    check(layers)
+    first = layers[0]
+    n_layers, tokens, channels = len(layers) if first.ndim == 2 else first.shape[0], first.shape[-2], first.shape[-1]
+    mean, rstd = torch.empty(2, n_layers, tokens, dtype=torch.float32, device=first.device)
+    launch = stats_launch(channels)
+    with _on(first.device):
+        kernels.stats[(tokens, n_layers)](
+            **_hidden(layers), mean=mean, rstd=rstd, tokens=tokens, channels=channels, eps=LN_EPS,
+            EVEN=channels == launch.block_c + launch.rest_c, BLOCK_C=launch.block_c, REST_C=launch.rest_c,
+            num_warps=launch.warps,
+        )  # fmt: skip
+    return mean, rstd
+
+
+def route(
+    layers: list[Tensor], weights: Tensor, mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None, sumsq: bool
+) -> tuple[Tensor, Tensor]:
+    """out [D, T, C] in hidden's dtype and sum over c of out^2 [D, T] fp32 (empty unless `sumsq`)."""
+    check(layers, weights.shape[-2])
+    first = layers[0]
+    device, tokens, channels = first.device, first.shape[-2], first.shape[-1]
+    blocks, n_layers = weights.shape[-2:]
+    launch = forward_launch(first.dtype, n_layers, blocks, channels, tokens, _arch(device))
+    out = torch.empty(blocks, tokens, channels, dtype=first.dtype, device=device)
+    squares = mean.new_empty((launch.parts, blocks, tokens) if sumsq else 0)
+    with _on(device):
+        sample = None
+        if weights.ndim == 3:
+            assert cu_seqlens is not None
+            sample = torch.empty(tokens, dtype=torch.int32, device=device)
+            kernels.token_map[(weights.shape[0],)](cu_seqlens.contiguous(), sample, BLOCK=256, num_warps=4)
+        arguments = {
+            **_hidden(layers), "weights": weights.contiguous(), "mean": mean.contiguous(), "rstd": rstd.contiguous(),
+            "sample": sample, "out": out, "sumsq": squares if sumsq else None, "tokens": tokens, "channels": channels,
+            "stride_ot": out.stride(1), "L": n_layers, "PER_SAMPLE": sample is not None, "SUMSQ": sumsq,
+            "EVEN": channels == launch.block_c * launch.tiles * launch.parts, "BLOCK_C": launch.block_c,
+            "TILES": launch.tiles, "num_warps": launch.warps,
+        }  # fmt: skip
+        grid = (tokens, launch.parts)
+        if blocks == 1:
+            kernels.route_fma[grid](**arguments)
+        else:
+            kernels.route_dot[grid](
+                **arguments, stride_od=out.stride(0), D=blocks, PARTS=PARTS[first.dtype], BLOCK_L=launch.block_l,
+                REST_L=launch.rest_l, BLOCK_D=launch.block_d, STAGES=launch.stages,
+            )  # fmt: skip
+    if sumsq:
+        squares = squares.sum(0) if launch.parts > 1 else squares[0]
+    return out, squares
+
+
+def route_backward(
+    grad: Tensor, layers: list[Tensor], mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Gradient of the weights, [D, L] or [B, D, L] fp32, in a fixed order of sums."""
+    check(layers, grad.shape[0])
+    first = layers[0]
+    device, tokens, channels = first.device, first.shape[-2], first.shape[-1]
+    blocks, n_layers = grad.shape[0], mean.shape[0]
+    samples = 1 if cu_seqlens is None else cu_seqlens.numel() - 1
+    launch = backward_launch(first.dtype, n_layers, blocks, channels, tokens, samples, _arch(device))
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()  # an expanded gradient, of a plain sum
+    partial = mean.new_empty(samples, launch.parts, blocks, n_layers)
+    shape = (blocks, n_layers) if cu_seqlens is None else (samples, blocks, n_layers)
+    total = mean.new_empty(shape)
+    with _on(device):
+        arguments = {
+            **_hidden(layers), "grad": grad, "mean": mean.contiguous(), "rstd": rstd.contiguous(),
+            "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(), "partial": partial,
+            "tokens": tokens, "channels": channels, "stride_gt": grad.stride(1), "L": n_layers,
+            "PER_SAMPLE": cu_seqlens is not None, "EVEN": channels == launch.block_c * launch.tiles,
+            "BLOCK_L": launch.block_l, "BLOCK_C": launch.block_c, "TILES": launch.tiles, "STAGES": launch.stages,
+            "num_warps": launch.warps,
+        }  # fmt: skip
+        grid = (launch.parts, samples)
+        if blocks == 1:
+            kernels.backward_fma[grid](**arguments, REST_L=launch.rest_l)
+        else:
+            kernels.backward_dot[grid](**arguments, stride_gd=grad.stride(0), D=blocks, BLOCK_D=launch.block_d)
+        width = blocks * n_layers
+        kernels.ordered_sum[(triton.cdiv(width, 32), samples)](
+            partial, total, launch.parts, width, ROWS=min(128, _power(launch.parts)), COLUMNS=32, num_warps=4
+        )
+    return total
+
