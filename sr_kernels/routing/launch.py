@@ -34,6 +34,8 @@ class Launch:
     rest_l: int = 0
     block_d: int = 0
     rest_c: int = 0
+    group: int = 0
+    registers: int | None = None
 
 
 def _power(n: int, least: int = 1) -> int:
@@ -56,30 +58,38 @@ def stats_launch(channels: int) -> Launch:
 
 def forward_launch(dtype: torch.dtype, n_layers: int, blocks: int, channels: int, tokens: int, arch: int) -> Launch:
     """Forward: tiles of one token; the channels are shared out only where there are too few tokens to fill the GPU."""
-    block_l, rest_l = _layer_blocks(n_layers)
-    if blocks == 1:
-        block_c, warps, stages = 512, (2 if dtype.itemsize == 2 else 4), 1
-    else:
-        block_c, warps, stages = (128 if dtype.itemsize == 2 else 64), 4, 3
+    half = dtype.itemsize == 2
+    block_c = 512 if blocks == 1 else _tensor_core_channels(128 if half else 64, dtype, arch)
     tiles = triton.cdiv(channels, block_c)
-    wanted = triton.cdiv(8 * MULTIPROCESSORS.get(arch // 10, 132), tokens)
-    parts = next(n for n in range(1, tiles + 1) if tiles % n == 0 and n >= min(wanted, tiles))
-    return Launch(block_c, tiles // parts, warps, parts, stages, block_l, rest_l, _power(blocks, 16))
+    wanted = min(tiles, triton.cdiv(8 * MULTIPROCESSORS.get(arch // 10, 132), tokens))
+    parts = next(n for n in range(wanted, tiles + 1) if tiles % n == 0)
+    if blocks == 1:
+        group = triton.cdiv(n_layers, triton.cdiv(n_layers, 12))  # even groups of at most 12 layers
+        # Left alone the compiler saves registers by waiting for each load in turn; 96 keep a whole group in flight.
+        return Launch(block_c, tiles // parts, warps=2 if half else 4, parts=parts, group=group, registers=96)
+    block_l, rest_l = _layer_blocks(n_layers)
+    return Launch(block_c, tiles // parts, 4, parts, 3, block_l, rest_l, _power(blocks, 16))
 
 
 def backward_launch(
     dtype: torch.dtype, n_layers: int, blocks: int, channels: int, tokens: int, samples: int, arch: int
 ) -> Launch:
     """Gradient: `parts` programs a sample, enough for two waves, at least 8 where one sample is much the longest."""
-    if blocks == 1:
-        block_l, rest_l = _layer_blocks(n_layers)
-        block_c, warps, stages = (256 if dtype.itemsize == 2 else 128), 4, 3
-    else:
-        block_l, rest_l = _power(n_layers, 16), 0
-        block_c, warps, stages = (64 if dtype.itemsize == 2 else 32), 4, 4
+    half = dtype.itemsize == 2
     wanted = max(8, triton.cdiv(8 * MULTIPROCESSORS.get(arch // 10, 132), samples))
     parts = min(wanted, triton.cdiv(tokens, samples))
-    return Launch(block_c, triton.cdiv(channels, block_c), warps, parts, stages, block_l, rest_l, _power(blocks, 16))
+    if blocks == 1:
+        block_c = 256 if half else 128
+        return Launch(block_c, triton.cdiv(channels, block_c), 4, parts, 3, *_layer_blocks(n_layers))
+    block_c = _tensor_core_channels(64 if half else 32, dtype, arch)
+    return Launch(
+        block_c, triton.cdiv(channels, block_c), 4, parts, 4, _power(n_layers, 16), block_d=_power(blocks, 16)
+    )
+
+
+def _tensor_core_channels(channels: int, dtype: torch.dtype, arch: int) -> int:
+    """Half the tile for fp32 on Ampere, whose three-part products would spill at 64 layers and blocks."""
+    return channels // 2 if dtype == torch.float32 and arch < 90 else channels
 
 
 def usable(device: torch.device) -> str | None:
@@ -170,15 +180,22 @@ def layer_stats(layers: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def route(
-    layers: list[Tensor], weights: Tensor, mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None, sumsq: bool
+    layers: list[Tensor],
+    weights: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    cu_seqlens: Tensor | None,
+    sumsq: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [D, T, C] in hidden's dtype and sum over c of out^2 [D, T] fp32 (empty unless `sumsq`)."""
+    """out [D, T, C] in hidden's dtype (written to `out` if given) and sum over c of out^2 [D, T] fp32 or empty."""
     check(layers, weights.shape[-2])
     first = layers[0]
     device, tokens, channels = first.device, first.shape[-2], first.shape[-1]
     blocks, n_layers = weights.shape[-2:]
     launch = forward_launch(first.dtype, n_layers, blocks, channels, tokens, _arch(device))
-    out = torch.empty(blocks, tokens, channels, dtype=first.dtype, device=device)
+    if out is None:
+        out = torch.empty(blocks, tokens, channels, dtype=first.dtype, device=device)
     squares = mean.new_empty((launch.parts, blocks, tokens) if sumsq else 0)
     with _on(device):
         sample = None
@@ -195,7 +212,7 @@ def route(
         }  # fmt: skip
         grid = (tokens, launch.parts)
         if blocks == 1:
-            kernels.route_fma[grid](**arguments)
+            kernels.route_fma[grid](**arguments, GROUP=launch.group, maxnreg=launch.registers)
         else:
             kernels.route_dot[grid](
                 **arguments, stride_od=out.stride(0), D=blocks, PARTS=PARTS[first.dtype], BLOCK_L=launch.block_l,

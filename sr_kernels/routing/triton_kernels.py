@@ -33,7 +33,7 @@ def _row(hidden, table, stride_l, stride_t, token, layer, L, TUPLE: tl.constexpr
     """Pointer to hidden[layer, token, 0]; `layer` is a scalar or a vector, past L it is not to be read."""
     if TUPLE:
         address = tl.load(table + layer, mask=layer < L, other=0)
-        start = tl.multiple_of(address, ALIGN).to(hidden.dtype)  # a loaded address hides its alignment
+        start = tl.multiple_of(address.to(hidden.dtype), ALIGN)  # a loaded address hides its alignment
     else:
         start = hidden + tl.cast(layer, tl.int64) * stride_l
     return start + tl.cast(token, tl.int64) * stride_t
@@ -167,9 +167,9 @@ def route_fma(
     hidden, table, weights, mean, rstd, sample, out, sumsq,
     tokens, channels, stride_l, stride_t, stride_ot,
     L: tl.constexpr, PER_SAMPLE: tl.constexpr, TUPLE: tl.constexpr, SUMSQ: tl.constexpr,
-    EVEN: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
+    EVEN: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Forward for one block (D = 1): plain fused multiply-adds, every layer's load independent of the others."""
+    """Forward for one block (D = 1): plain fused multiply-adds; a group of layers' loads are in flight together."""
     token = tl.program_id(0)
     part = tl.program_id(1)
     if PER_SAMPLE:
@@ -180,12 +180,15 @@ def route_fma(
         at = tile * BLOCK_C + c
         inside = (at < channels) | EVEN
         acc = tl.zeros([BLOCK_C], tl.float32)
-        for layer in tl.static_range(L):
-            row = _row(hidden, table, stride_l, stride_t, token, layer, L, TUPLE, ALIGN)
-            h = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
-            at_stats = tl.cast(layer, tl.int64) * tokens + token
-            w = tl.load(weights + layer) * tl.load(rstd + at_stats)
-            acc += (h - tl.load(mean + at_stats)) * w
+        for start in range(0, L, GROUP):
+            for i in tl.static_range(GROUP):
+                layer = start + i
+                real = (L % GROUP == 0) | (layer < L)
+                row = _row(hidden, table, stride_l, stride_t, token, layer, L, TUPLE, ALIGN)
+                h = tl.load(row + at, mask=inside & real, other=0.0).to(tl.float32)
+                at_stats = tl.cast(layer, tl.int64) * tokens + token
+                w = tl.load(weights + layer, mask=real, other=0.0) * tl.load(rstd + at_stats, mask=real, other=0.0)
+                acc += (h - tl.load(mean + at_stats, mask=real, other=0.0)) * w
         tl.store(out + token.to(tl.int64) * stride_ot + at, acc.to(out.dtype.element_ty), mask=inside)
         if SUMSQ:
             squares += tl.where(inside, acc * acc, 0.0)
@@ -208,9 +211,11 @@ def _share(cu_seqlens, tokens, PER_SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _backward_product(acc, h, g, m, r):
+def _backward_product(acc, h, g, m, r, inside, EVEN: tl.constexpr):
     """acc [l, d] += (h - m) [l, c] . g [c, d], h - m in two parts of g's dtype (for fp16 LN(h), to stay in range)."""
     x = h.to(tl.float32) - m[:, None]
+    if not EVEN:
+        x = tl.where(inside[None, :], x, 0.0)  # -m * rstd may pass fp16's range where there is no channel
     if g.dtype == tl.float32:
         acc = tl.dot(x, g, acc, input_precision="tf32x3")
     else:
@@ -253,7 +258,7 @@ def backward_dot(
             inside = (at < channels) | EVEN
             h = tl.load(row[:, None] + at[None, :], mask=(l0[:, None] < L) & inside[None, :], other=0.0)
             g = tl.load(source[None, :] + at[:, None], mask=inside[:, None] & (d[None, :] < D), other=0.0)
-            acc = _backward_product(acc, h, g, m, r)
+            acc = _backward_product(acc, h, g, m, r, inside, EVEN)
         # Tokens are summed outside the tensor cores, whose long sums truncate.
         total += acc if grad.dtype.element_ty == tl.float16 else acc * r[:, None]
     at = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (D * L)
