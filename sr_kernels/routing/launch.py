@@ -16,7 +16,7 @@ from sr_kernels.routing.reference import LN_EPS
 MAX_LAYERS = 64  # one tile holds every layer
 MAX_BLOCKS = 64  # and every block
 MAX_CHANNELS = 32768  # a row is held in one warp group's registers while its statistics are taken
-MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # by major compute capability; only the number of partial sums depends on it
+MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}  # by major compute capability: how many programs to share the work among
 PARTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # operand parts that keep the error at the output's
 TABLES: dict[tuple[object, ...], Tensor] = {}
 
@@ -36,6 +36,10 @@ class Launch:
     rest_c: int = 0
     group: int = 0
     registers: int | None = None
+
+    def options(self) -> dict[str, object]:
+        """The compiler's options; contraction into fused multiply-adds is on whatever Triton's default."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers, "enable_fp_fusion": True}
 
 
 def _power(n: int, least: int = 1) -> int:
@@ -68,7 +72,8 @@ def forward_launch(dtype: torch.dtype, n_layers: int, blocks: int, channels: int
         # Left alone the compiler saves registers by waiting for each load in turn; 96 keep a whole group in flight.
         return Launch(block_c, tiles // parts, warps=2 if half else 4, parts=parts, group=group, registers=96)
     block_l, rest_l = _layer_blocks(n_layers)
-    return Launch(block_c, tiles // parts, 4, parts, 3, block_l, rest_l, _power(blocks, 16))
+    warps = 8 if arch >= 100 else 4  # Blackwell keeps a whole row of the tile in each thread
+    return Launch(block_c, tiles // parts, warps, parts, 3, block_l, rest_l, _power(blocks, 16))
 
 
 def backward_launch(
@@ -90,6 +95,39 @@ def backward_launch(
 def _tensor_core_channels(channels: int, dtype: torch.dtype, arch: int) -> int:
     """Half the tile for fp32 on Ampere, whose three-part products would spill at 64 layers and blocks."""
     return channels // 2 if dtype == torch.float32 and arch < 90 else channels
+
+
+def stats_constants(launch: Launch, channels: int) -> dict[str, object]:
+    """Compile-time arguments of `stats`, besides those of `hidden`."""
+    return {"EVEN": channels == launch.block_c + launch.rest_c, "BLOCK_C": launch.block_c, "REST_C": launch.rest_c}
+
+
+def forward_constants(
+    launch: Launch, dtype: torch.dtype, n_layers: int, blocks: int, channels: int, *, per_sample: bool, sumsq: bool
+) -> dict[str, object]:
+    """Compile-time arguments of `route_fma` (one block) or `route_dot`, besides those of `hidden`."""
+    even = channels == launch.block_c * launch.tiles * launch.parts
+    common = {
+        "L": n_layers, "PER_SAMPLE": per_sample, "SUMSQ": sumsq, "EVEN": even, "BLOCK_C": launch.block_c,
+        "TILES": launch.tiles,
+    }  # fmt: skip
+    if blocks == 1:
+        return {**common, "GROUP": launch.group}
+    return {
+        **common, "D": blocks, "PARTS": PARTS[dtype], "BLOCK_L": launch.block_l, "REST_L": launch.rest_l,
+        "BLOCK_D": launch.block_d, "STAGES": launch.stages,
+    }  # fmt: skip
+
+
+def backward_constants(
+    launch: Launch, n_layers: int, blocks: int, channels: int, *, per_sample: bool
+) -> dict[str, object]:
+    """Compile-time arguments of `backward_fma` (one block) or `backward_dot`, besides those of `hidden`."""
+    common = {
+        "L": n_layers, "PER_SAMPLE": per_sample, "EVEN": channels == launch.block_c * launch.tiles,
+        "BLOCK_L": launch.block_l, "BLOCK_C": launch.block_c, "TILES": launch.tiles, "STAGES": launch.stages,
+    }  # fmt: skip
+    return {**common, "REST_L": launch.rest_l} if blocks == 1 else {**common, "D": blocks, "BLOCK_D": launch.block_d}
 
 
 def usable(device: torch.device) -> str | None:
@@ -173,8 +211,7 @@ def layer_stats(layers: list[Tensor]) -> tuple[Tensor, Tensor]:
     with _on(first.device):
         kernels.stats[(tokens, n_layers)](
             **_hidden(layers), mean=mean, rstd=rstd, tokens=tokens, channels=channels, eps=LN_EPS,
-            EVEN=channels == launch.block_c + launch.rest_c, BLOCK_C=launch.block_c, REST_C=launch.rest_c,
-            num_warps=launch.warps,
+            **stats_constants(launch, channels), **launch.options(),
         )  # fmt: skip
     return mean, rstd
 
@@ -203,29 +240,22 @@ def route(
             assert cu_seqlens is not None
             sample = torch.empty(tokens, dtype=torch.int32, device=device)
             kernels.token_map[(weights.shape[0],)](cu_seqlens.contiguous(), sample, BLOCK=256, num_warps=4)
-        arguments = {
-            **_hidden(layers), "weights": weights.contiguous(), "mean": mean.contiguous(), "rstd": rstd.contiguous(),
-            "sample": sample, "out": out, "sumsq": squares if sumsq else None, "tokens": tokens, "channels": channels,
-            "stride_ot": out.stride(1), "L": n_layers, "PER_SAMPLE": sample is not None, "SUMSQ": sumsq,
-            "EVEN": channels == launch.block_c * launch.tiles * launch.parts, "BLOCK_C": launch.block_c,
-            "TILES": launch.tiles, "num_warps": launch.warps,
-        }  # fmt: skip
-        grid = (tokens, launch.parts)
-        if blocks == 1:
-            kernels.route_fma[grid](**arguments, GROUP=launch.group, maxnreg=launch.registers)
-        else:
-            kernels.route_dot[grid](
-                **arguments, stride_od=out.stride(0), D=blocks, PARTS=PARTS[first.dtype], BLOCK_L=launch.block_l,
-                REST_L=launch.rest_l, BLOCK_D=launch.block_d, STAGES=launch.stages,
-            )  # fmt: skip
+        strides = {"stride_ot": out.stride(1)} | ({} if blocks == 1 else {"stride_od": out.stride(0)})
+        kernel = kernels.route_fma if blocks == 1 else kernels.route_dot
+        kernel[(tokens, launch.parts)](
+            **_hidden(layers), **strides, weights=weights.contiguous(), mean=mean.contiguous(), rstd=rstd.contiguous(),
+            sample=sample, out=out, sumsq=squares if sumsq else None, tokens=tokens, channels=channels,
+            **forward_constants(
+                launch, first.dtype, n_layers, blocks, channels, per_sample=sample is not None, sumsq=sumsq
+            ),
+            **launch.options(),
+        )  # fmt: skip
     if sumsq:
         squares = squares.sum(0) if launch.parts > 1 else squares[0]
     return out, squares
 
 
-def route_backward(
-    grad: Tensor, layers: list[Tensor], mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
+def route_backward(grad: Tensor, layers: list[Tensor], mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Gradient of the weights, [D, L] or [B, D, L] fp32, in a fixed order of sums."""
     check(layers, grad.shape[0])
     first = layers[0]
@@ -238,22 +268,17 @@ def route_backward(
     shape = (blocks, n_layers) if cu_seqlens is None else (samples, blocks, n_layers)
     total = mean.new_empty(shape)
     with _on(device):
-        arguments = {
-            **_hidden(layers), "grad": grad, "mean": mean.contiguous(), "rstd": rstd.contiguous(),
-            "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(), "partial": partial,
-            "tokens": tokens, "channels": channels, "stride_gt": grad.stride(1), "L": n_layers,
-            "PER_SAMPLE": cu_seqlens is not None, "EVEN": channels == launch.block_c * launch.tiles,
-            "BLOCK_L": launch.block_l, "BLOCK_C": launch.block_c, "TILES": launch.tiles, "STAGES": launch.stages,
-            "num_warps": launch.warps,
-        }  # fmt: skip
-        grid = (launch.parts, samples)
-        if blocks == 1:
-            kernels.backward_fma[grid](**arguments, REST_L=launch.rest_l)
-        else:
-            kernels.backward_dot[grid](**arguments, stride_gd=grad.stride(0), D=blocks, BLOCK_D=launch.block_d)
+        strides = {"stride_gt": grad.stride(1)} | ({} if blocks == 1 else {"stride_gd": grad.stride(0)})
+        kernel = kernels.backward_fma if blocks == 1 else kernels.backward_dot
+        per_sample = cu_seqlens is not None
+        kernel[(launch.parts, samples)](
+            **_hidden(layers), **strides, grad=grad, mean=mean.contiguous(), rstd=rstd.contiguous(),
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(), partial=partial, tokens=tokens,
+            channels=channels, **backward_constants(launch, n_layers, blocks, channels, per_sample=per_sample),
+            **launch.options(),
+        )  # fmt: skip
         width = blocks * n_layers
         kernels.ordered_sum[(triton.cdiv(width, 32), samples)](
             partial, total, launch.parts, width, ROWS=min(128, _power(launch.parts)), COLUMNS=32, num_warps=4
         )
     return total
-

@@ -142,7 +142,7 @@ def route_dot(
     w0 = w0 / scale[None, :]
     if REST_L > 0:
         w1 = w1 / scale[None, :]
-    squares = tl.zeros([BLOCK_D], tl.float32)
+    squares = tl.zeros([BLOCK_C // 16, 8, BLOCK_D], tl.float32)
     target = out + d.to(tl.int64) * stride_od + token.to(tl.int64) * stride_ot
     for tile in tl.range(part * TILES, part * TILES + TILES, num_stages=STAGES):
         at = tile * BLOCK_C + c
@@ -155,11 +155,13 @@ def route_dot(
             acc = _forward_product(acc, h, m1, r1, w1, PARTS)
         acc = acc * scale[None, :]
         if SUMSQ:
-            squares += tl.sum(tl.where(inside[:, None], acc * acc, 0.0), 0)
+            # Rows 8 apart lie in one thread of a tensor-core tile, so no shuffles until the end.
+            square = tl.where(inside[:, None], acc * acc, 0.0)
+            squares += tl.sum(tl.reshape(square, [BLOCK_C // 16, 2, 8, BLOCK_D]), 1)
         value = acc.to(out.dtype.element_ty)
         tl.store(target[None, :] + at[:, None], value, mask=inside[:, None] & (d[None, :] < D))
     if SUMSQ:
-        tl.store(sumsq + (part * D + d).to(tl.int64) * tokens + token, squares, mask=d < D)
+        tl.store(sumsq + (part * D + d).to(tl.int64) * tokens + token, tl.sum(tl.sum(squares, 0), 0), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["tokens"])
