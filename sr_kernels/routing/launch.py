@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,7 @@ def _layer_blocks(n_layers: int) -> tuple[int, int]:
     return _power(n_layers, 16), 0
 
 
+@functools.lru_cache(1024)
 def stats_launch(channels: int) -> Launch:
     """A row as BLOCK_C + REST_C channels, powers of two: 2560 = 2048 + 512."""
     block = 1 << (channels.bit_length() - 1)
@@ -60,6 +62,7 @@ def stats_launch(channels: int) -> Launch:
     return Launch(block_c=block, rest_c=rest, tiles=1, warps=max(1, min(16, _power(channels) // 4096)))
 
 
+@functools.lru_cache(1024)
 def forward_launch(dtype: torch.dtype, n_layers: int, blocks: int, channels: int, tokens: int, arch: int) -> Launch:
     """Forward: tiles of one token; the channels are shared out only where there are too few tokens to fill the GPU."""
     half = dtype.itemsize == 2
@@ -76,6 +79,7 @@ def forward_launch(dtype: torch.dtype, n_layers: int, blocks: int, channels: int
     return Launch(block_c, tiles // parts, warps, parts, 3, block_l, rest_l, _power(blocks, 16))
 
 
+@functools.lru_cache(1024)
 def backward_launch(
     dtype: torch.dtype, n_layers: int, blocks: int, channels: int, tokens: int, samples: int, arch: int
 ) -> Launch:
@@ -130,13 +134,6 @@ def backward_constants(
     return {**common, "REST_L": launch.rest_l} if blocks == 1 else {**common, "D": blocks, "BLOCK_D": launch.block_d}
 
 
-def usable(device: torch.device) -> str | None:
-    """None when the kernels can run on `device`, else the reason why not."""
-    if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
-        return None
-    return "Triton needs a CUDA device"
-
-
 def check(layers: list[Tensor], blocks: int = 1) -> None:
     """Raise a ValueError that names the argument for what the tiles cannot hold or a row pointer cannot reach."""
     first = layers[0]
@@ -149,11 +146,13 @@ def check(layers: list[Tensor], blocks: int = 1) -> None:
         checks.fail("hidden", f"at most {MAX_CHANNELS} channels with the triton backend", first.shape[-1])
     if blocks > MAX_BLOCKS:
         checks.fail("weights", f"at most {MAX_BLOCKS} blocks with the triton backend", blocks)
+    stride = first.stride(-2)
     for i, layer in enumerate(layers):
-        if layer.stride(-2) != first.stride(-2):
-            checks.fail(f"hidden[{i}]", f"row stride {first.stride(-2)} (that of hidden[0])", layer.stride(-2))
+        if layer.stride(-2) != stride:
+            checks.fail(f"hidden[{i}]", f"row stride {stride} (that of hidden[0])", layer.stride(-2))
 
 
+@functools.lru_cache
 def _arch(device: torch.device) -> int:
     if device.type != "cuda":
         return 90  # the interpreter follows the launches of the main target
@@ -165,7 +164,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _table(layers: list[Tensor]) -> Tensor:
+def _table(layers: list[Tensor], addresses: tuple[int, ...]) -> Tensor:
     """The layers' addresses [L] int64 on the device. Kept per stream, since a later call on it sees the write.
 
     Under graph capture the write must be in the graph and the memory in its pool, so nothing is kept.
@@ -173,32 +172,33 @@ def _table(layers: list[Tensor]) -> Tensor:
     device = layers[0].device
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, *(x.data_ptr() for x in layers))
-    if capturing or key not in TABLES:
+    key = (device, stream, addresses)
+    table = None if capturing else TABLES.get(key)
+    if table is None:
         table = torch.empty(len(layers), dtype=torch.int64, device=device)
-        kernels.pointer_table[(1,)](table, tuple(layers), num_warps=1)
-        if capturing:
-            return table
-        if len(TABLES) >= 64:
-            TABLES.clear()
-        TABLES[key] = table
-    return TABLES[key]
+        kernels.pointer_table[(1,)](table, tuple(layers), num_warps=1, enable_fp_fusion=True)
+        if not capturing:
+            if len(TABLES) >= 64:
+                TABLES.clear()
+            TABLES[key] = table
+    return table
 
 
 def _hidden(layers: list[Tensor]) -> dict[str, object]:
-    """The kernel arguments that say where `hidden` lies."""
+    """The kernel arguments that say where `hidden` lies; run on its device."""
     first = layers[0]
+    stride = first.stride(-2)
+    if first.ndim == 3:  # the launcher looks at the alignment itself
+        return {
+            "hidden": first, "table": None, "stride_l": first.stride(0), "stride_t": stride, "TUPLE": False, "ALIGN": 16
+        }  # fmt: skip
     size = first.element_size()
-    aligned = all(x.data_ptr() % 16 == 0 for x in layers) and first.stride(-2) * size % 16 == 0
-    tuple_form = first.ndim == 2
+    addresses = tuple([x.data_ptr() for x in layers])
+    aligned = stride * size % 16 == 0 and not any(address % 16 for address in addresses)
     return {
-        "hidden": first,
-        "table": _table(layers) if tuple_form else None,
-        "stride_l": 0 if tuple_form else first.stride(0),
-        "stride_t": first.stride(-2),
-        "TUPLE": tuple_form,
+        "hidden": first, "table": _table(layers, addresses), "stride_l": 0, "stride_t": stride, "TUPLE": True,
         "ALIGN": 16 if aligned else size,
-    }
+    }  # fmt: skip
 
 
 def layer_stats(layers: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -206,7 +206,8 @@ def layer_stats(layers: list[Tensor]) -> tuple[Tensor, Tensor]:
     check(layers)
     first = layers[0]
     n_layers, tokens, channels = len(layers) if first.ndim == 2 else first.shape[0], first.shape[-2], first.shape[-1]
-    mean, rstd = torch.empty(2, n_layers, tokens, dtype=torch.float32, device=first.device)
+    mean = torch.empty(n_layers, tokens, dtype=torch.float32, device=first.device)
+    rstd = torch.empty_like(mean)
     launch = stats_launch(channels)
     with _on(first.device):
         kernels.stats[(tokens, n_layers)](
@@ -239,7 +240,9 @@ def route(
         if weights.ndim == 3:
             assert cu_seqlens is not None
             sample = torch.empty(tokens, dtype=torch.int32, device=device)
-            kernels.token_map[(weights.shape[0],)](cu_seqlens.contiguous(), sample, BLOCK=256, num_warps=4)
+            kernels.token_map[(weights.shape[0],)](
+                cu_seqlens.contiguous(), sample, tokens, BLOCK=256, enable_fp_fusion=True
+            )
         strides = {"stride_ot": out.stride(1)} | ({} if blocks == 1 else {"stride_od": out.stride(0)})
         kernel = kernels.route_fma if blocks == 1 else kernels.route_dot
         kernel[(tokens, launch.parts)](
@@ -279,6 +282,6 @@ def route_backward(grad: Tensor, layers: list[Tensor], mean: Tensor, rstd: Tenso
         )  # fmt: skip
         width = blocks * n_layers
         kernels.ordered_sum[(triton.cdiv(width, 32), samples)](
-            partial, total, launch.parts, width, ROWS=min(128, _power(launch.parts)), COLUMNS=32, num_warps=4
+            partial, total, launch.parts, width, ROWS=min(128, _power(launch.parts)), COLUMNS=32, enable_fp_fusion=True
         )
     return total

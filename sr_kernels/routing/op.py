@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from sr_kernels import backends, checks
 from sr_kernels.routing import reference
 
 VARIABLE = "SR_KERNELS_BACKEND"
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIBRARY = torch.library.Library("sr_kernels", "FRAGMENT")
 
 
@@ -26,12 +29,12 @@ def backend_for(device: torch.device, requested: str | None = None, dtype: torch
 
 
 def _triton_reason(device: torch.device) -> str | None:
-    """None when the Triton kernels run on `device`, else why not."""
-    if importlib.util.find_spec("triton") is None:
+    """None when the Triton kernels run on `device`, else why not; constants only, for torch.compile to trace."""
+    if not TRITON_INSTALLED:
         return "triton is not installed"
-    from sr_kernels.routing import launch
-
-    return launch.usable(device)
+    if device.type == "cuda" or (device.type == "cpu" and TRITON_INTERPRETED):
+        return None
+    return "it needs a CUDA device (or, on a CPU, TRITON_INTERPRET=1)"
 
 
 def _check_hidden(hidden: Tensor | Sequence[Tensor]) -> list[Tensor]:

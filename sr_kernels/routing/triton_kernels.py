@@ -5,6 +5,7 @@ row pointer per layer. Row pointers are 64-bit, since L*T*C passes 2^31; offsets
 Layers are cut in two, BLOCK_L + REST_L (a power of two each, REST_L may be 0), so that 36 fill 48 places and not 64.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import triton
@@ -19,11 +20,19 @@ def pointer_table(table, layers):
 
 
 @triton.jit
-def token_map(cu_seqlens, sample, BLOCK: tl.constexpr):
+def _bounds(cu_seqlens, b, samples, tokens):
+    """Sample b's first and last + 1 token, kept inside 0..tokens and the ends at them: values on a GPU go unchecked."""
+    start = tl.where(b == 0, 0, tl.maximum(tl.load(cu_seqlens + b), 0))
+    end = tl.where(b == samples - 1, tokens, tl.minimum(tl.load(cu_seqlens + b + 1), tokens))
+    return start, end
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def token_map(cu_seqlens, sample, tokens, BLOCK: tl.constexpr):
     """Write each token's sample index: cu_seqlens [B+1] -> sample [T], both int32; one program a sample."""
     b = tl.program_id(0)
-    end = tl.load(cu_seqlens + b + 1)
-    for start in range(tl.load(cu_seqlens + b), end, BLOCK):
+    first, end = _bounds(cu_seqlens, b, tl.num_programs(0), tokens)
+    for start in range(first, end, BLOCK):
         token = start + tl.arange(0, BLOCK)
         tl.store(sample + token, tl.zeros([BLOCK], tl.int32) + b, mask=token < end)
 
@@ -205,8 +214,7 @@ def _share(cu_seqlens, tokens, PER_SAMPLE: tl.constexpr):
     start = 0
     end = tokens
     if PER_SAMPLE:
-        start = tl.load(cu_seqlens + tl.program_id(1))
-        end = tl.load(cu_seqlens + tl.program_id(1) + 1)
+        start, end = _bounds(cu_seqlens, tl.program_id(1), tl.num_programs(1), tokens)
     size = tl.cdiv(end - start, tl.num_programs(0))
     first = start + part * size
     return first, tl.minimum(first + size, end)

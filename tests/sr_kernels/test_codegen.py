@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from sr_kernels.routing import codegen
+from sr_kernels.routing import codegen, launch
 from sr_kernels.routing.codegen import Variant
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -47,7 +50,9 @@ def promises(variant, figures):
         assert figures["async_loads"] > 0
 
 
-@pytest.mark.parametrize("variant", [*DEFAULT, *(pytest.param(v, marks=pytest.mark.slow) for v in REST)], ids=lambda v: v.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "variant", [*DEFAULT, *(pytest.param(v, marks=pytest.mark.slow) for v in REST)], ids=lambda v: v.name
+)
 def test_figures_are_those_on_file(variant):
     figures = codegen.figures(variant)
     promises(variant, figures)
@@ -59,6 +64,46 @@ def test_figures_are_those_on_file(variant):
 @pytest.mark.parametrize("variant", LIMITS, ids=str)
 def test_the_largest_tiles_do_not_spill(variant):
     promises(variant, codegen.figures(variant))
+
+
+class NoDevice:
+    """A driver that names a target and launches nothing."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def test_the_launches_compile_what_the_contract_compiles(monkeypatch):
+    """Run the real launches up to the compiler: the same machine code as the contract's."""
+    code = {}
+
+    def compile_only(kernel, grid):
+        def start(*args, **kwargs):
+            code[kernel.__name__] = kernel.run(*args, grid=grid, warmup=True, **kwargs).asm["cubin"]
+
+        return start
+
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
+    monkeypatch.setattr(driver, "_active", NoDevice())
+    tokens = 16
+    for rich, blocks in itertools.product((False, True), (1, 24)):
+        hidden = [torch.zeros(36, tokens, 2560, dtype=torch.bfloat16)]
+        hidden = list(hidden[0].unbind()) if rich else hidden
+        cu_seqlens = torch.arange(tokens + 1, dtype=torch.int32) if rich else None
+        weights = torch.zeros((tokens, blocks, 36) if rich else (blocks, 36))
+        stats = launch.layer_stats(hidden)
+        out, _ = launch.route(hidden, weights, *stats, cu_seqlens, sumsq=rich)
+        launch.route_backward(out, hidden, *stats, cu_seqlens)
+        kernels = ("route_fma", "backward_fma") if blocks == 1 else ("route_dot", "backward_dot")
+        for name, kind in zip(("stats", *kernels), ("stats", "forward", "backward"), strict=True):
+            variant = Variant(kind, 90, blocks, rich, tokens=tokens)
+            assert code[name] == codegen.compile_variant(variant).asm["cubin"], variant.name
 
 
 def test_every_variant_is_on_file():

@@ -232,6 +232,24 @@ def test_what_the_tiles_cannot_hold_is_named(hidden, weights, message):
         route(placed, weights.to(DEVICE), stats=stats, backend="triton")
 
 
+def test_opcheck_and_compile():
+    hidden = hidden_of("", 3, 4, 16, torch.float32).to(DEVICE)
+    weights, cu_seqlens = weights_of("soft", (2, 1, 3)).to(DEVICE), bounds([3, 1]).to(DEVICE)
+    mean, rstd = layer_stats(hidden, backend="triton")
+    torch.library.opcheck(torch.ops.sr_kernels.layer_stats, ([hidden], "triton"))
+    torch.library.opcheck(torch.ops.sr_kernels.route, ([hidden], weights, mean, rstd, cu_seqlens, True, "triton"))
+    grad = torch.randn(1, 4, 16, device=DEVICE)
+    torch.library.opcheck(torch.ops.sr_kernels.route_backward, (grad, [hidden], mean, rstd, cu_seqlens, "triton"))
+
+    def loss(w):
+        return route(hidden, w, cu_seqlens=cu_seqlens, backend="triton").square().sum()
+
+    compiled, eager = weights.clone().requires_grad_(), weights.clone().requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
+    loss(eager).backward()
+    assert torch.equal(compiled.grad, eager.grad)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA graphs")
 def test_a_tuple_works_under_graph_capture():
     hidden = hidden_of("", 36, 6, 256, torch.bfloat16).to(DEVICE)
@@ -247,7 +265,11 @@ def test_a_tuple_works_under_graph_capture():
     assert torch.equal(out, expected)
 
 
-def test_the_token_map_skips_empty_samples():
-    sample = torch.full((7,), -1, dtype=torch.int32, device=DEVICE)
-    triton_kernels.token_map[(4,)](bounds([3, 0, 0, 4]).to(DEVICE), sample, BLOCK=4)
-    assert sample.tolist() == [0, 0, 0, 3, 3, 3, 3]
+@pytest.mark.parametrize("values", [[0, 3, 3, 3, 7], [0, 9, 4, 2**30, 7], [-5, 3, 3, 3, 5]])
+def test_the_token_map_skips_empty_samples_and_stays_in_bounds(values):
+    sample = torch.full((9,), -1, dtype=torch.int32, device=DEVICE)
+    triton_kernels.token_map[(4,)](torch.tensor(values, dtype=torch.int32, device=DEVICE), sample, 7, BLOCK=4)
+    assert sample[7:].tolist() == [-1, -1]
+    assert sample[:7].min() >= 0
+    if values[1] == 3:
+        assert sample[:7].tolist() == [0, 0, 0, 3, 3, 3, 3]
