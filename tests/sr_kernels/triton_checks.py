@@ -96,7 +96,7 @@ def check(dtype, n_layers, lengths, channels, blocks, *, per_sample=True, as_tup
     far = kind == "far mean"  # the fp32 mean itself is then off by 300 * 2^-25 deviations
     assert relative(out.cpu(), oracle) <= ((2e-5 if far else 2e-6) if dtype == torch.float32 else 1.1 * ideal)
     # Taken from the sums before rounding: bf16's operands carry fp16's 11 bits.
-    limit = 2e-4 if dtype == torch.bfloat16 else 2e-5 if far else 2e-6
+    limit = 5e-4 if dtype == torch.bfloat16 else 2e-5 if far else 2e-6
     assert relative(sumsq.cpu(), oracle.square().sum(-1)) < limit
     grad = torch.randn(oracle.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out.backward(grad.to(DEVICE))
