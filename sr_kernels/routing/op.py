@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from sr_kernels import backends, checks
 from sr_kernels.routing import native, reference
 
 VARIABLE = "SR_KERNELS_BACKEND"
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LIBRARY = torch.library.Library("sr_kernels", "FRAGMENT")
 
 
@@ -42,7 +45,18 @@ def _choose(device: str, requested: str | None, variable: str | None, dtype: tor
     else:
         asked = requested or variable
         usable = {"native": native.why_not if asked else native.why_not_with_warning, **usable}
+    triton = "it has no fp64 kernel" if dtype == torch.float64 else _triton_reason(device)
+    usable = {"triton": triton, **usable} if device == "cuda" else {**usable, "triton": triton}
     return backends.choose(requested, VARIABLE, usable, f"routing on {device}")
+
+
+def _triton_reason(device: str) -> str | None:
+    """None when the Triton kernels run on `device`, else why not."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed"
+    if device == "cuda" or (device == "cpu" and TRITON_INTERPRETED):
+        return None
+    return "it needs a CUDA device (or, on a CPU, TRITON_INTERPRET=1)"
 
 
 def _check_hidden(hidden: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -97,6 +111,10 @@ LIBRARY.define(
 
 @torch.library.impl(LIBRARY, "layer_stats", "CompositeExplicitAutograd")
 def _layer_stats(hidden: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from sr_kernels.routing import launch
+
+        return launch.layer_stats(hidden)
     return reference.layer_stats(_unlist(hidden))
 
 
@@ -117,6 +135,10 @@ def _route(
     sumsq: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from sr_kernels.routing import launch
+
+        return launch.route(hidden, weights, mean, rstd, cu_seqlens, sumsq)
     out = reference.route(_unlist(hidden), weights, cu_seqlens=cu_seqlens, stats=(mean, rstd), return_sumsq=sumsq)
     return (out[0], out[1].contiguous()) if isinstance(out, tuple) else (out, mean.new_empty(0))
 
@@ -140,6 +162,10 @@ def _route_fake(
 def _route_backward(
     grad: Tensor, hidden: list[Tensor], mean: Tensor, rstd: Tensor, cu_seqlens: Tensor | None, backend: str
 ) -> Tensor:
+    if backend == "triton":
+        from sr_kernels.routing import launch
+
+        return launch.route_backward(grad, hidden, mean, rstd, cu_seqlens)
     return reference.route_backward(grad, _unlist(hidden), stats=(mean, rstd), cu_seqlens=cu_seqlens)
 
 
@@ -210,7 +236,7 @@ def layer_stats(hidden: Tensor | Sequence[Tensor], *, backend: str | None = None
 
     Args:
         hidden: [L, T, C], or a sequence of L tensors [T, C]; fp32, fp16, bf16 (or fp64).
-        backend: "native" (CPU) or "reference"; default by device.
+        backend: "triton" (CUDA), "native" (CPU) or "reference"; default by device.
 
     Returns: (mean, rstd), each [L, T], fp32 (fp64 for fp64 input): exact two-pass variance, eps 1e-5 (eq. 2).
 
@@ -240,7 +266,7 @@ def route(
         cu_seqlens: [B+1] int32, the samples' bounds in T; needed with per-sample weights.
         stats: (mean, rstd), each [L, T], from `layer_stats`; taken here when None.
         return_sumsq: also return sum over c of out^2, [D, T]: the row factor of an RMSNorm that follows.
-        backend: "native" (CPU) or "reference"; default by device, or SR_KERNELS_BACKEND.
+        backend: "triton" (CUDA), "native" (CPU) or "reference"; default by device, or SR_KERNELS_BACKEND.
 
     Returns: out [D, T, C] in hidden's dtype; with return_sumsq (out, sumsq [D, T] fp32). Gradient to weights only.
 
