@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sr_kernels import varlen_attention
+from sr_kernels.attention import dense_attention, varlen_attention
 
 
 def rope_frequencies(count: int, base: float, device: torch.device) -> Tensor:
@@ -62,9 +62,7 @@ class SelfAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         q = qk_norm_rope(q, self.q_norm, angles, self.eps)
         k = qk_norm_rope(k, self.k_norm, angles, self.eps)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=self.heads != self.kv_heads
-        )
+        out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -6,6 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EXPLICIT_LIMIT = 256 * 256  # queries x keys of a sequence up to which the CPU's training path keeps the scores
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Grouped-query attention of equal-length sequences: q [B, Hq, n, hd], k and v [B, Hkv, m, hd] -> [B, Hq, n, hd].
+
+    mask: bool, broadcastable to [B, 1, n, m], True where a key is seen; is_causal: instead of a mask.
+
+    torch's fused kernel, but on a CPU in half precision with gradients over short sequences plain products, which take
+    a third of the time of its backward pass there (15 against 4 ms for 32 x 3 heads x 64 x 64, hd 64, bf16).
+    """
+    short = q.shape[2] * k.shape[2] <= EXPLICIT_LIMIT and q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cpu" or not short or is_causal or not (torch.is_grad_enabled() and q.requires_grad):
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    if q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)  # [B, Hq, n, m], fp32 as the kernel's
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).to(q.dtype) @ v
+
 
 def _slots(cu_seqlens: Tensor, total: int, longest: int) -> Tensor:
     """Row of each packed token in the padded [B * longest] layout: [total] int64."""
@@ -50,13 +73,8 @@ def varlen_attention(
             mask = mask & (at_k <= at_q + lengths_k - lengths_q)
             mask = mask | ((at_k == 0) & (at_q >= lengths_q))  # padding queries see one key: no 0/0 in their rows
         mask = mask[:, None]  # [B, 1, 1|max_q, max_k]
-    out = F.scaled_dot_product_attention(
-        _pad(q, slots_q, batch, max_q),
-        _pad(k, slots_k, batch, max_k),
-        _pad(v, slots_k, batch, max_k),
-        attn_mask=mask,
-        is_causal=is_causal,
-        enable_gqa=q.shape[1] != k.shape[1],
+    out = dense_attention(
+        _pad(q, slots_q, batch, max_q), _pad(k, slots_k, batch, max_k), _pad(v, slots_k, batch, max_k), mask, is_causal
     )
     out = out.transpose(1, 2).reshape(batch * max_q, *q.shape[1:])
     return out if slots_q is None else out[slots_q]

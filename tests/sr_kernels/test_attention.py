@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sr_kernels import varlen_attention
-from sr_kernels.attention import op, reference
+from sr_kernels.attention import dense_attention, op, reference
 
 
 def bounds(lengths):
@@ -56,6 +57,24 @@ def test_ragged_batches_match_fp64(lengths, groups, kv_heads, head_dim, causal):
 @pytest.mark.parametrize("queries", [64, 256])
 def test_the_models_geometry(queries):
     compare([queries] * 3, [1, 512, 37], 32, 8, 128, False)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_plain_products_of_half_precision_training_stay_near_the_kernels_error(masked):
+    g = torch.Generator().manual_seed(0)
+    q, grad = (torch.randn(4, 4, 24, 32, generator=g).bfloat16() for _ in range(2))
+    k, v = (torch.randn(4, 2, 17, 32, generator=g).bfloat16() for _ in range(2))
+    mask = torch.rand(4, 1, 1, 17, generator=g) > 0.3 if masked else None
+
+    def errors(attend):
+        exact = run(lambda *a: F.scaled_dot_product_attention(*a, attn_mask=mask, enable_gqa=True),
+                    *(x.double() for x in (q, k, v, grad)))  # fmt: skip
+        got = run(attend, q, k, v, grad)
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+
+    kernel = errors(lambda *a: F.scaled_dot_product_attention(*a, attn_mask=mask, enable_gqa=True))
+    plain = errors(lambda *a: dense_attention(*a, mask=mask))
+    assert all(ours <= 1.3 * theirs for ours, theirs in zip(plain, kernel, strict=True)), (plain, kernel)
 
 
 def test_one_sequence_does_not_see_another():
