@@ -2,11 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-from bench.kernels import harness
+from bench import provenance
 
 RESULTS = []
 
@@ -20,8 +19,8 @@ def record(request):
 def pytest_sessionfinish():
     if not RESULTS:
         return
-    header = harness.header()
+    header = provenance.header()
     name = re.sub(r"[^a-z0-9]+", "-", f"kernels {header['device']} {header['date'][:10]}".lower())
-    path = Path(__file__).parents[1] / "results" / f"{name}.json"
+    path = provenance.RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**header, "results": RESULTS}, indent=1) + "\n")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,32 +16,6 @@ CUDA = DEVICE.type == "cuda"
 TOKENS = (512, 4096, 8192, 32768) if CUDA else (512,)
 ROUNDS = 20 if CUDA else 7
 Run = Callable[[int], Any]  # one call of a contender on the i-th of its rotating inputs
-
-
-def device_name() -> str:
-    if CUDA:
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def header() -> dict[str, Any]:
-    """What a result must carry to be read later."""
-    root = Path(__file__).parents[2]
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return {
-        "device": device_name(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if CUDA else None,
-        "commit": git.stdout.strip(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
 
 
 def rotations(n_bytes: int) -> int:

@@ -129,7 +129,15 @@ def test_forward(benchmark, record, shape, name):
     figures = measure(benchmark, lambda i: run(hidden[i]), len(hidden), costs.forward_bytes, hidden[0])
     over = None if peak is None else 100 * peak / costs.forward_bytes
     benchmark.extra_info.update(error=error, ideal_error=ideal, peak_percent=over)
-    record(op="forward", contender=name, error=error, ideal_error=ideal, peak_percent=over, **figures)
+    record(
+        op="forward",
+        contender=name,
+        flops_per_byte=costs.flops / costs.forward_bytes,
+        error=error,
+        ideal_error=ideal,
+        peak_percent=over,
+        **figures,
+    )
 
 
 @shapes
@@ -144,7 +152,14 @@ def test_backward(benchmark, record, shape, name):
     figures = measure(benchmark, lambda i: runs[i](), len(hidden), costs.backward_bytes, hidden[0])
     over = None if peak is None else 100 * peak / costs.backward_bytes
     benchmark.extra_info.update(error=error, peak_percent=over)
-    record(op="backward", contender=name, error=error, peak_percent=over, **figures)
+    record(
+        op="backward",
+        contender=name,
+        flops_per_byte=costs.flops / costs.backward_bytes,
+        error=error,
+        peak_percent=over,
+        **figures,
+    )
 
 
 @shapes

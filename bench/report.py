@@ -1,0 +1,197 @@
+"""Write the measured tables into the READMEs, and the roofline picture: `python -m bench.report`.
+
+A README holds a table between `<!-- NAME -->` and `<!-- /NAME -->`; this replaces what stands there by what the JSON
+files under bench/results say. `--check` changes nothing and fails where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.provenance import RESULTS
+
+ROOT = Path(__file__).parent.parent
+READMES = (ROOT / "README.md", ROOT / "sr_kernels" / "routing" / "README.md")
+PLAIN = ("eager", "compile", "layernorm")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def source(result: dict[str, Any]) -> str:
+    """Where a table's numbers come from, in one line."""
+    return f"{result['device']}; torch {result['torch']}; commit {result['commit']}; `{result['command']}`"
+
+
+def percent(rate: float | None) -> str:
+    """A rate in [0, 1] as a percentage."""
+    return "-" if rate is None else f"{100 * rate:.0f}%"
+
+
+def demo_table(result: dict[str, Any]) -> str:
+    """What the embedded demo learned and how long it took."""
+    total = sum(result["seconds_by_part"].values())
+    split = ", ".join(f"{part} {100 * s / total:.1f}%" for part, s in result["seconds_by_part"].items())
+    loss, score = result["val_loss"], result["score"]
+    facts = table(
+        ("measured", "value"),
+        (
+            ("training", f"{result['steps']} steps in {result['training_seconds']:.0f} s"),
+            ("speed", f"{result['images_per_s']:.0f} images/s"),
+            ("where the time goes", split),
+            ("validation loss", f"{loss[0]:.4f} to {loss[1]:.4f} ({loss[1] / loss[0]:.3f} of the first)"),
+        ),
+    )
+    splits = list(score)
+    head = ("pictures that show what was asked", *(s.replace("-", " ") for s in splits))
+    rows = [
+        [
+            f"single object: {key}",
+            *(f"{percent(score[s]['single'][key])} of {score[s]['single']['count']}" for s in splits),
+        ]
+        for key in ("color", "shape")
+    ]
+    for skill in dict.fromkeys(skill for s in splits for skill in score[s]["skills"]):
+        cells = (score[s]["skills"].get(skill, {"count": 0}) for s in splits)
+        rows.append([skill, *(f"{percent(c['passed'])} of {c['count']}" if c["count"] else "-" for c in cells)])
+    return f"{facts}\n\n{table(head, rows)}\n\n{source(result)}"
+
+
+def kernel_results() -> list[dict[str, Any]]:
+    """The newest kernel benchmark of every device."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob("kernels-*.json")):
+        result = json.loads(path.read_text())
+        if result["date"] >= newest.get(result["device"], result)["date"]:
+            newest[result["device"]] = result
+    return list(newest.values())
+
+
+def by_shape(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """Rows grouped: (op, shape) -> contender -> figures."""
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in result["results"]:
+        if match := re.search(r"\[(.*)\]", row["name"]):
+            shape = "-".join(part for part in match[1].split("-") if part not in {row["contender"], ""})
+            groups[row["op"], shape][row["contender"]] = row
+    return groups
+
+
+def kernel_table(result: dict[str, Any]) -> str:
+    """Our time, rate and share of the copy bandwidth beside plain torch's time."""
+    rows = []
+    for (op, shape), contenders in by_shape(result).items():
+        ours = next((name for name in ("triton", "native", "flash", "torch", "sdpa") if name in contenders), None)
+        if ours is None:
+            continue
+        mine = contenders[ours]
+        others = {name: contenders[name]["ms"] for name in PLAIN if name in contenders}
+        best = min(others, key=others.__getitem__, default=None)
+        over = mine.get("peak_percent")
+        rows.append(
+            (
+                op.replace("_", " "),
+                shape,
+                f"{mine['ms']:.2f} ({ours})",
+                f"{mine['gb_per_s']:.1f}",
+                f"{mine['percent_of_copy']:.0f}%",
+                " / ".join(f"{others[name]:.1f}" if name in others else "-" for name in PLAIN),
+                f"{others[best] / mine['ms']:.1f} x ({best})" if best else "-",
+                "-" if over is None else f"{over:.2f}%",
+            )
+        )
+    head = (
+        "op",
+        "shape",
+        "ours, ms",
+        "GB/s",
+        "of copy",
+        " / ".join(PLAIN) + ", ms",
+        "ahead of the best",
+        "peak memory",
+    )
+    return f"{table(head, rows)}\n\n{source(result)}"
+
+
+def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """A PNG: achieved arithmetic over arithmetic intensity, with each device's measured copy bandwidth as the roof."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(results), figsize=(7 * len(results), 4.5), layout="constrained", squeeze=False
+    )
+    for axis, result in zip(axes[0], results, strict=True):
+        rows = [row for row in result["results"] if row.get("flops_per_byte")]
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            mine = [row for row in rows if row["contender"] == name]
+            intensity = [row["flops_per_byte"] for row in mine]
+            rate = [row["flops_per_byte"] * row["gb_per_s"] for row in mine]
+            axis.plot(intensity, rate, "o" if name in ("triton", "native") else "x", label=name)
+        copy = max(row["copy_gb_per_s"] for row in rows)
+        ends = [min(row["flops_per_byte"] for row in rows) / 2, max(row["flops_per_byte"] for row in rows) * 2]
+        axis.plot(ends, [copy * end for end in ends], "k-", label=f"copy bandwidth, {copy:.0f} GB/s")
+        axis.set(
+            xscale="log", yscale="log", xlabel="flops a byte that must move", ylabel="GFLOP/s", title=result["device"]
+        )
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def sections() -> dict[str, str]:
+    """Every table there is a result for, by the name in the READMEs' marks."""
+    found = {}
+    if (RESULTS / "demo.json").is_file():
+        found["demo"] = demo_table(json.loads((RESULTS / "demo.json").read_text()))
+    if kernels := kernel_results():
+        found["kernels"] = "\n\n".join(kernel_table(result) for result in kernels)
+    return found
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """The README's text with every marked table replaced; a mark without a result stays as it is."""
+    for name, content in tables.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, c=content: f"{m[1]}{c}\n{m[2]}", text, flags=re.S
+        )
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 1 if --check finds a README that does not say what the results say."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a README is out of date")
+    check = parser.parse_args(argv).check
+    tables, stale = sections(), []
+    for path in READMES:
+        text = path.read_text()
+        if fill(text, tables) != text:
+            stale.append(path)
+            if not check:
+                path.write_text(fill(text, tables))
+    if check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)}: not what bench/results says; run python -m bench.report", file=sys.stderr)
+        return int(bool(stale))
+    if kernels := kernel_results():
+        roofline(kernels, RESULTS / "roofline.png")
+    print(f"wrote {', '.join(tables) or 'nothing'}; changed {', '.join(p.name for p in stale) or 'no file'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
