@@ -1,0 +1,60 @@
+"""The READMEs' tables are what the results on file say."""
+
+import json
+
+import pytest
+
+from bench import demo, provenance, report
+
+HEADER = {"device": "D", "python": "3", "torch": "2", "cuda": None, "commit": "c", "command": "x", "date": "2026-01-01"}
+
+
+def test_the_readmes_are_up_to_date():
+    assert report.main(["--check"]) == 0
+
+
+def test_fill_replaces_only_what_stands_between_the_marks():
+    text = "a\n<!-- demo -->\nold\n<!-- /demo -->\nb\n<!-- kernels -->\nkept\n<!-- /kernels -->\n"
+    filled = report.fill(text, {"demo": "new | table"})
+    assert filled == text.replace("old", "new | table")
+    assert report.fill(filled, {"demo": "new | table"}) == filled
+
+
+def test_a_kernel_row_compares_with_the_best_of_plain_torch():
+    def row(contender, ms, **more):
+        return {"name": f"test_forward[{contender}-L36-D24]", "op": "forward", "contender": contender, "ms": ms,
+                "gb_per_s": 10.0, "percent_of_copy": 50.0, **more}  # fmt: skip
+
+    rows = [row("native", 2.0, peak_percent=0.5), row("eager", 9.0), row("layernorm", 7.0)]
+    line = report.kernel_table({**HEADER, "results": rows}).splitlines()[2]
+    assert line == ("| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 9.0 / - / 7.0 | 3.5 x (layernorm) | 0.50% |")
+
+
+def test_the_demo_table_has_a_column_a_split():
+    single = {"count": 4, "color": 1.0, "shape": 0.5}
+    skills = {"attribute": {"count": 4, "passed": 0.25}, "scene": {"count": 0, "passed": None}}
+    result = {
+        **HEADER, "steps": 10, "training_seconds": 5.0, "images_per_s": 64.0, "val_loss": [1.5, 0.1],
+        "seconds_by_part": {"data": 1.0, "dit": 3.0}, "score": {"train-distribution": {"single": single, "skills": skills}},
+    }  # fmt: skip
+    lines = report.demo_table(result).splitlines()
+    assert "| where the time goes | data 25.0%, dit 75.0% |" in lines
+    assert "| validation loss | 1.5000 to 0.1000 (0.067 of the first) |" in lines
+    assert "| single object: shape | 50% of 4 |" in lines
+    assert "| attribute | 25% of 4 |" in lines
+    assert "| scene | - |" in lines
+
+
+def test_keeping_a_run_needs_a_finished_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path / "results")
+    with pytest.raises(SystemExit):
+        demo.main([str(tmp_path)])
+    assert "found no summary.json" in capsys.readouterr().err
+    for name in ("samples.png", "loss.png"):
+        (tmp_path / name).write_bytes(b"png")
+    (tmp_path / "summary.json").write_text('{"steps": 3}')
+    assert demo.main([str(tmp_path)]) == 0
+    kept = json.loads((tmp_path / "results" / "demo.json").read_text())
+    assert kept["steps"] == 3
+    assert kept["torch"]
+    assert (tmp_path / "results" / "demo.png").read_bytes() == b"png"
