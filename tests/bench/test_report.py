@@ -35,7 +35,8 @@ def test_the_demo_table_has_a_column_a_split():
     skills = {"attribute": {"count": 4, "passed": 0.25}, "scene": {"count": 0, "passed": None}}
     result = {
         **HEADER, "steps": 10, "training_seconds": 5.0, "images_per_s": 64.0, "val_loss": [1.5, 0.1],
-        "seconds_by_part": {"data": 1.0, "dit": 3.0}, "score": {"train-distribution": {"single": single, "skills": skills}},
+        "seconds_by_part": {"data": 1.0, "dit": 3.0},
+        "score": {"train-distribution": {"single": single, "skills": skills}},
     }  # fmt: skip
     lines = report.demo_table(result).splitlines()
     assert "| where the time goes | data 25.0%, dit 75.0% |" in lines
