@@ -13,6 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from train.config import ConfigError
 from train.distributed import Ranks
 from train.engine import Ema
 
@@ -35,9 +36,9 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
     ranks.barrier()
-    client = {**extra, "step": step, "world": ranks.world, "zero": engine.zero_optimization_stage()}
+    client = {**extra, "step": step, "world": ranks.world}
     engine.save_checkpoint(str(folder), tag=partial.name, client_state=client, save_latest=False)
-    torch.save(ema.state_dict(), partial / f"ema-rank{ranks.rank:05d}.pt")
+    torch.save({**ema.state_dict(), "zero": engine.zero_optimization_stage()}, partial / f"ema-rank{ranks.rank:05d}.pt")
     ranks.barrier()  # every rank's files are there
     if ranks.first:
         shutil.rmtree(final, ignore_errors=True)
@@ -62,16 +63,20 @@ def newest(folder: Path) -> Path | None:
 def load(path: Path, engine: deepspeed.DeepSpeedEngine, ema: Ema, ranks: Ranks) -> dict[str, Any]:
     """Restore weights, optimiser, schedule and average; the `extra` that was saved comes back, with its "step".
 
-    Raises: ValueError when it was saved on another number of ranks or at another ZeRO stage.
+    Raises: ConfigError when it was saved on another number of ranks or at another ZeRO stage.
     """
     shard = path / f"ema-rank{ranks.rank:05d}.pt"
     ranks_saved = len(list(path.glob("ema-rank*.pt")))
     if ranks_saved != ranks.world or not shard.is_file():
-        raise ValueError(f"checkpoint {path}: saved on {ranks_saved} ranks, this run has {ranks.world}")
+        raise ConfigError(f"resume: {path} was saved on {ranks_saved} ranks, this run has {ranks.world}")
+    average = torch.load(shard, map_location="cpu", weights_only=True)
+    stage = average["zero"]
+    if stage != engine.zero_optimization_stage():
+        raise ConfigError(
+            f"resume: {path} was saved at ZeRO stage {stage}, got --zero {engine.zero_optimization_stage()}"
+        )
     loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
-        raise ValueError(f"checkpoint {path}: DeepSpeed could not load it")
-    if client["zero"] != engine.zero_optimization_stage():
-        raise ValueError(f"checkpoint {path}: saved at ZeRO stage {client['zero']}")
-    ema.load_state_dict(torch.load(shard, map_location="cpu", weights_only=True))
+        raise ConfigError(f"resume: DeepSpeed could not load {path}")
+    ema.load_state_dict(average)
     return client

@@ -107,8 +107,6 @@ class Ema:
         return {"shards": self.shards, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises: ValueError when the shards were made on another number of ranks or at another ZeRO stage."""
-        if [s.shape for s in state["shards"]] != [s.shape for s in self.shards]:
-            raise ValueError("checkpoint: its moving average was sharded for another number of ranks or ZeRO stage")
+        """Restore what `state_dict` gave, on the same number of ranks at the same ZeRO stage."""
         torch._foreach_copy_(self.shards, [s.to(self.shards[0].device) for s in state["shards"]])
         self.steps = state["steps"]

@@ -5,21 +5,26 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Run as a script, the folder of this file comes first on the path; the packages stand one above.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:  # run as a script: the folder of this file comes first on the path, the packages stand one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.config import ConfigError, fail, parse  # noqa: E402
+from train.config import ConfigError, fail, parse
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, train, and turn a setting that cannot be used into one line and exit code 2."""
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
+        import torch
+
         from train.loop import NonFiniteLoss, train
     except ConfigError as error:
         return fail(error)
     try:
-        return train(config)
+        code = train(config)
+        if __name__ == "__main__":
+            torch.distributed.destroy_process_group()
+        return code
     except ConfigError as error:
         return fail(error)
     except NonFiniteLoss as error:

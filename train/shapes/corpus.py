@@ -20,15 +20,15 @@ from train.shapes.scene import SKILLS, SPLITS, Prompt, Scene
 
 VERSION = 1  # raised whenever the same arguments give another corpus
 DEFAULT_MIX = {
-    "attribute": 0.20,
-    "scene": 0.25,
-    "spatial": 0.12,
-    "part": 0.07,
-    "counting": 0.10,
-    "comparison": 0.08,
-    "differentiation": 0.06,
-    "negation": 0.06,
-    "universal": 0.06,
+    "attribute": 0.38,
+    "scene": 0.30,
+    "spatial": 0.06,
+    "part": 0.06,
+    "counting": 0.05,
+    "comparison": 0.04,
+    "differentiation": 0.04,
+    "negation": 0.04,
+    "universal": 0.03,
 }
 COLUMNS = {"image": "bytes", "caption": "str", "meta": "json"}
 TRAIN_SPLIT = SPLITS[0]
