@@ -70,11 +70,9 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, ema: Ema, ranks: Ranks) 
     if ranks_saved != ranks.world or not shard.is_file():
         raise ConfigError(f"resume: {path} was saved on {ranks_saved} ranks, this run has {ranks.world}")
     average = torch.load(shard, map_location="cpu", weights_only=True)
-    stage = average["zero"]
-    if stage != engine.zero_optimization_stage():
-        raise ConfigError(
-            f"resume: {path} was saved at ZeRO stage {stage}, got --zero {engine.zero_optimization_stage()}"
-        )
+    saved, stage = average["zero"], engine.zero_optimization_stage()
+    if saved != stage:
+        raise ConfigError(f"resume: {path} was saved at ZeRO stage {saved}, got --zero {stage}")
     loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise ConfigError(f"resume: DeepSpeed could not load {path}")

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from sr_kernels.attention import backend_for as attention_backend
+from sr_kernels.attention.op import usable as attention_reasons
 from sr_kernels.routing import backend_for as routing_backend
+from sr_kernels.routing import native
 from train.config import Config, ConfigError
 from train.distributed import Ranks
 
@@ -40,6 +42,15 @@ def shards_line(path: Path) -> str:
     return f"{samples:,} samples in {len(shards)} shards of {path}"
 
 
+def backends_line(device: torch.device, dtype: torch.dtype) -> str:
+    """Which kernels run, and why not a faster one. Builds the native routing kernel if that is the one."""
+    attention, routing = attention_backend(device, dtype), routing_backend(device, dtype=dtype)
+    faster = next(iter(attention_reasons(device.type, dtype).items()))
+    why = "" if faster[0] == attention else f" (no {faster[0]}: {faster[1]})"
+    slow = f" (no native kernel: {native.why_not()})" if routing == "reference" and device.type == "cpu" else ""
+    return f"attention {attention}{why}, routing {routing}{slow}"
+
+
 def check(config: Config, ranks: Ranks, parameters: int, dtype: torch.dtype, text: str) -> list[str]:
     """The lines, and the last checks that need a device.
 
@@ -67,7 +78,7 @@ def check(config: Config, ranks: Ranks, parameters: int, dtype: torch.dtype, tex
         f"device     {where}; {name}, fp32 masters; ZeRO {config.zero}; batch {config.batch_size} = "
         f"{ranks.world} ranks x {micro} x {config.batch_size // (micro * ranks.world)} micro-steps",
         f"model      {config.strategy}, {parameters:,} parameters; {text}",
-        f"backends   attention {attention_backend(device, dtype)}, routing {routing_backend(device)}",
+        f"backends   {backends_line(device, dtype)}",
         f"memory     {need / GIB:.1f} GiB of weights and optimiser a rank, of {room / GIB:.0f} GiB; then activations",
         f"data       {shards_line(Path(config.data.path))}",
         f"room       {disk / GIB:.0f} GiB on disk for {config.keep_checkpoints} checkpoints, "
