@@ -21,14 +21,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # For two CPU cores: conditioned on SmolLM2-135M, on 32x32 pixels.
     "demo": {
         "depth": 6,
-        "hidden_size": 256,
-        "num_heads": 4,
-        "num_kv_heads": 2,
+        "hidden_size": 192,
+        "num_heads": 3,
+        "num_kv_heads": 3,
         "head_dim": 64,
-        "mlp_size": 768,
+        "mlp_size": 512,
         "in_channels": 3,
         "patch_size": 4,
         "text_dim": 576,
         "text_layers": 30,
+        "rope_base": 10.0,  # a grid of 8 x 8: at the paper's 1e5 most frequencies hardly turn
     },
 }
