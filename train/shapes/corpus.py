@@ -20,15 +20,15 @@ from train.shapes.scene import SKILLS, SPLITS, Prompt, Scene
 
 VERSION = 1  # raised whenever the same arguments give another corpus
 DEFAULT_MIX = {
-    "attribute": 0.38,
-    "scene": 0.30,
-    "spatial": 0.06,
-    "part": 0.06,
-    "counting": 0.05,
-    "comparison": 0.04,
-    "differentiation": 0.04,
-    "negation": 0.04,
-    "universal": 0.03,
+    "attribute": 0.45,
+    "scene": 0.33,
+    "spatial": 0.04,
+    "part": 0.04,
+    "counting": 0.04,
+    "comparison": 0.03,
+    "differentiation": 0.03,
+    "negation": 0.02,
+    "universal": 0.02,
 }
 COLUMNS = {"image": "bytes", "caption": "str", "meta": "json"}
 TRAIN_SPLIT = SPLITS[0]

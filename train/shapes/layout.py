@@ -51,8 +51,8 @@ def _boxes(rng: np.random.Generator, prompt: Prompt, members: list[tuple[str, st
     """(x, y, size) of every shape."""
     n = len(members)
     if n == 1:
-        low, high = (0.60, 0.66) if members[0][2].dot else (0.56, 0.64)
-        return [(*rng.uniform(0.46, 0.54, 2), rng.uniform(low, high))]
+        low, high = (0.60, 0.66) if members[0][2].dot else (0.58, 0.62)
+        return [(*rng.uniform(0.48, 0.52, 2), rng.uniform(low, high))]
     if members[0][2].size == "large":
         mirror, upright = rng.integers(2, size=2)
         boxes = [
