@@ -14,6 +14,7 @@ class PixelCodec:
 
     channels = 3
     factor = 1
+    stochastic = False  # encoding takes no noise
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """images [B, 3, H, W] -> the same."""
@@ -35,6 +36,8 @@ def latent_factor(settings: dict[str, Any]) -> int:
 
 class VaeCodec:
     """A diffusers AutoencoderKL, frozen: latents are (z - shift_factor) * scaling_factor (SD3: 16 channels, /8)."""
+
+    stochastic = True  # encoding draws from the posterior
 
     def __init__(self, vae: AutoencoderKL) -> None:
         self.vae = vae.eval().requires_grad_(False)

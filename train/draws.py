@@ -16,10 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draws:
-    """For n samples: noise [n, ...] fp32, normal [n] for the time, posterior noise [n, ...] for the VAE, drop [n]."""
+    """For n samples: noise [n, ...] fp32, posterior noise [n, ...] for a VAE, normal [n] for the time, uniform [n]."""
 
     noise: Tensor
-    posterior: Tensor
+    posterior: Tensor | None
     normal: Tensor
     uniform: Tensor
 
@@ -28,14 +28,18 @@ class Draws:
         return (self.uniform < share).tolist()
 
 
-def draw(seed: int, step: int, indices: Sequence[int], shape: tuple[int, ...]) -> Draws:
-    """Draws for the samples at `indices` of the global batch of `step`; `shape` is a latent's [channels, H, W]."""
+def draw(seed: int, step: int, indices: Sequence[int], shape: tuple[int, ...], posterior: bool = False) -> Draws:
+    """Draws for the samples at `indices` of the global batch of `step`.
+
+    shape: a latent's [channels, H, W]. posterior: also draw the VAE's noise, which changes none of the others.
+    """
     size = int(np.prod(shape))
-    rows = np.empty((len(indices), 2 * size + 2), dtype=np.float32)
+    rows = np.empty((len(indices), 2 + size * (2 if posterior else 1)), dtype=np.float32)
     for row, index in zip(rows, indices, strict=True):
         generator = np.random.Generator(np.random.Philox(key=[seed, (step << 32) | index]))
-        row[-1] = generator.random(dtype=np.float32)
-        row[:-1] = generator.standard_normal(2 * size + 1, dtype=np.float32)
+        row[0] = generator.random(dtype=np.float32)
+        row[1:] = generator.standard_normal(row.size - 1, dtype=np.float32)
     values = torch.from_numpy(rows)
-    noise, posterior = values[:, :size], values[:, size : 2 * size]
-    return Draws(noise.reshape(-1, *shape), posterior.reshape(-1, *shape), values[:, -2], values[:, -1])
+    noise = values[:, 2 : 2 + size].reshape(-1, *shape)
+    extra = values[:, 2 + size :].reshape(-1, *shape) if posterior else None
+    return Draws(noise, extra, values[:, 1], values[:, 0])

@@ -41,7 +41,13 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> tuple[
         first = (micro_step * ranks.world + ranks.rank) * len(captions)
         with clock.part("vae"):
             size = (images.shape[2], images.shape[3])
-            draws = draw(config.seed, step, range(first, first + len(captions)), parts.codec.latent_shape(*size))
+            draws = draw(
+                config.seed,
+                step,
+                range(first, first + len(captions)),
+                parts.codec.latent_shape(*size),
+                posterior=parts.codec.stochastic,
+            )
             pixels = images.to(ranks.device, non_blocking=True).float() / 127.5 - 1
             data = parts.codec.encode(pixels, draws.posterior).float()
         with clock.part("llm"):

@@ -33,7 +33,7 @@ KINDS = ("circle", "square", "triangle", "cross", "diamond")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple")
 DOTS = ("white", "black")
 DEFAULT_GROUND = "grey"  # of every picture whose caption names no ground; never named in a caption
-NAMED_GROUNDS = ("white", "black", "blue", "green")
+NAMED_GROUNDS = ("white", "black")
 RELATIONS = ("left of", "right of", "above", "below")
 SKILLS = (
     "attribute",
