@@ -19,7 +19,7 @@ from train.shapes.render import render
 from train.shapes.scene import Scene
 from train.shapes.scorer import score
 
-SMALL = {"samples": 90, "captions": 45, "val": 9, "prompts": 2}
+SMALL = {"samples": 200, "captions": 100, "val": 9, "prompts": 2}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 90), ("val", 9)])
+@pytest.mark.parametrize(("split", "count"), [("train", 200), ("val", 9)])
 def test_shards_read_back_as_written(corpus, split, count):
     samples = read(corpus / split)
     assert len(samples) == count
@@ -59,10 +59,10 @@ def test_shards_read_back_as_written(corpus, split, count):
 def test_captions_are_bounded_and_validation_scenes_are_new(corpus):
     train, val = read(corpus / "train"), read(corpus / "val")
     captions = {sample["caption"] for sample in train}
-    assert len(captions) == 45
+    assert len(captions) == 100
     assert {sample["caption"] for sample in val} <= captions
-    images = [sample["image"] for sample in train + val]
-    assert len(set(images)) == len(images)
+    scenes = [json.dumps(sample["meta"]["scene"]) for sample in train + val]
+    assert len(set(scenes)) == len(scenes)
 
 
 def test_evaluation_prompts_file(corpus):
@@ -83,7 +83,7 @@ def test_corpus_json_and_folder(corpus):
     found = json.loads((corpus / "corpus.json").read_text())
     assert (found["format"], found["version"]) == ("shapes", 1)
     assert found["arguments"] == {**SMALL, "size": 32, "seed": 0, "mix": DEFAULT_MIX, "compression": "none"}
-    assert sum(found["counts"]["captions"].values()) == 45
+    assert sum(found["counts"]["captions"].values()) == 100
     index = json.loads((corpus / "train" / "index.json").read_text())
     assert dict(zip(index["shards"][0]["column_names"], index["shards"][0]["column_encodings"], strict=True)) == {
         "image": "bytes",
@@ -117,12 +117,13 @@ def test_size_and_mix_are_used(tmp_path):
 def test_the_same_corpus_is_reused(corpus, capsys):
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     assert prepare_shapes(corpus, **SMALL) == json.loads((corpus / "corpus.json").read_text())
-    assert capsys.readouterr().err == f"shapes: reusing the corpus in {corpus} (90 samples, 45 captions)\n"
+    assert capsys.readouterr().err == f"shapes: reusing the corpus in {corpus} (200 samples, 100 captions)\n"
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"seed": 3}, "seed 0, not 3"), ({"samples": 91}, "samples 90, not 91"), ({"size": 64}, "32")]
+    ("change", "named"),
+    [({"seed": 3}, "seed 0, not 3"), ({"samples": 201}, "samples 200, not 201"), ({"size": 64}, "32")],
 )
 def test_another_corpus_is_not_overwritten(corpus, change, named):
     before = contents(corpus)

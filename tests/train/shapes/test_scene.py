@@ -71,7 +71,7 @@ def test_captions_are_distinct_short_lower_case():
     ("skill", "numbers"),
     [
         ("attribute", [120, 20, 0, 0]),
-        ("scene", [224, 36, 0, 0]),
+        ("scene", [120, 20, 0, 0]),
         ("spatial", [4712, 1672, 0, 248]),
         ("part", [120, 20, 0, 0]),
         ("counting", [204, 34, 36, 0]),
