@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from sr_model import DiT
@@ -107,12 +108,14 @@ def train(config: Config) -> int:
         if ranks.first:
             print(line, flush=True)
 
+    if found is not None:
+        check_same_model(config, folder)
     parts, evaluator = assemble(config, ranks, say)
-    step, data_samples = 0, 0
+    step = 0
     first_losses: dict[str, float] = {}
     if found is not None:
         state = checkpoint.load(found, parts.engine, parts.ema, ranks)
-        step, first_losses, data_samples = state["step"], state["first"], state["samples"]
+        step, first_losses = state["step"], state["first"]
         parts.loader.load_state_dict(state["loader"])
         say(f"resume     {found}, step {step}")
     elif ranks.first:
@@ -127,23 +130,22 @@ def train(config: Config) -> int:
         log.say(f"step 0     validation loss {losses['val_loss']:.4f}")
     since, window, began, trained = step, [], time.perf_counter(), step
     spent = dict.fromkeys(PARTS, 0.0)
-    seconds = 0.0
+    seconds, paused = 0.0, 0.0  # of training; of validations and checkpoints since `began`
     while step < target:
         loss, tokens = training_step(parts, step, batches, clock)
         step += 1
-        data_samples += config.batch_size
         window.append((loss, tokens))
         first_losses.setdefault("loss", loss)
         log.advance(step)
         if step % config.log_every == 0 or step == target:
-            elapsed = time.perf_counter() - began
+            elapsed = time.perf_counter() - began - paused
             split = clock.read()
             seconds += elapsed
             spent = {part: spent[part] + split[part] for part in PARTS}
             report(log, parts, step, window, elapsed, split, config.batch_size * (step - since))
-            since, window = step, []
+            since, window, paused = step, [], 0.0
             began = time.perf_counter()
-        at_end = step == target
+        at_end, pause = step == target, time.perf_counter()
         if (config.eval.every and step % config.eval.every == 0) or at_end:
             model = evaluator.model(parts.ema.full_state())
             losses = evaluator.validate(model)
@@ -152,12 +154,11 @@ def train(config: Config) -> int:
             if ranks.first and not at_end:
                 draw_grid(evaluator, model, folder / "samples" / f"step-{step:07d}.png", log, step)
             ranks.barrier()
-            began = time.perf_counter()
         if step % config.checkpoint_every == 0 or at_end:
-            extra = {"loader": parts.loader.state_dict(), "first": first_losses, "samples": data_samples}
+            extra = {"loader": parts.loader.state_dict(), "first": first_losses}
             path = checkpoint.save(checkpoints, step, parts.engine, parts.ema, ranks, extra, config.keep_checkpoints)
             log.say(f"step {step}  checkpoint {path}")
-            began = time.perf_counter()
+        paused += time.perf_counter() - pause
     if target < config.steps:
         say(f"stopped at step {step} of {config.steps}; the same command without --stop_at continues")
     else:
@@ -252,6 +253,16 @@ def same_run(config: Config, folder: Path) -> bool:
     """Whether the folder's saved configuration is this one, the fields that only steer a session aside."""
     saved = folder / "config.yaml"
     return saved.is_file() and saved.read_text() == config.to_yaml()
+
+
+def check_same_model(config: Config, folder: Path) -> None:
+    """Raises: ConfigError when the folder's run is of another model, LLM or latent space than this configuration."""
+    saved, mine = (yaml.safe_load(text) for text in ((folder / "config.yaml").read_text(), config.to_yaml()))
+    for section, name in (("", "strategy"), ("", "model"), ("text", "llm"), ("data", "vae")):
+        then, now = ((plain[section] if section else plain)[name] for plain in (saved, mine))
+        if then != now:
+            label = f"{section}.{name}".lstrip(".")
+            raise ConfigError(f"{label}: the run in {folder} has {then}, got {now}; give another --out")
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -95,6 +95,9 @@ def test_a_folder_with_a_run_is_not_overwritten(train, tiny_flags, capsys):
     folder = train("run", "--steps=2")
     assert main([*tiny_flags, f"--out={folder}", "--steps=2", "--resume=false"]) == 2
     assert "out: " in capsys.readouterr().err
+    for flag, message in (("--strategy=b3", "strategy: the run in"), ("--model.depth=1", "model: the run in")):
+        assert main([*tiny_flags, f"--out={folder}", "--steps=3", flag]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_long_captions_are_cut_and_counted(train):
