@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_the_demo_is_the_default_and_flags_win_over_presets():
     config = parse([])
-    assert (config.preset, config.strategy, config.text.llm, config.zero) == ("demo", "s3", "smollm2", 2)
+    assert (config.preset, config.strategy, config.text.llm, config.zero) == ("demo", "s3", "smollm2", 1)
     config = parse(["--strategy", "s2", "--zero", "3", "--optim.betas", "[0.8, 0.9]", "--local_rank=1"])
     assert (config.strategy, config.zero, config.optim.betas) == ("s2", 3, (0.8, 0.9))
     assert config.optim.schedule == "cosine"  # the preset's, untouched
@@ -56,7 +56,7 @@ BAD = [
     (["--preset=huge"], "preset: wanted one of demo, paper-256, paper-512, got 'huge'"),
     (["--preset=paper-256", "--data.path=/nowhere"], "data.path: wanted a folder with train/index.json"),
     (["--eval.prompts=/nowhere.txt"], "eval.prompts: wanted a .txt or .jsonl file"),
-    (["--data.shapes_samples=5"], "data.shapes_captions: wanted at most data.shapes_samples=5, got 600"),
+    (["--data.shapes_samples=5"], "data.shapes_captions: wanted at most data.shapes_samples=5, got 400"),
     (["stray"], "unrecognized arguments: stray"),
 ]
 
