@@ -8,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import yaml
+
 from bench import provenance
 
 
@@ -20,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"run: wanted the folder of a finished run, found no summary.json in {run}")
     summary = json.loads((run / "summary.json").read_text())
     provenance.RESULTS.mkdir(exist_ok=True)
-    (provenance.RESULTS / "demo.json").write_text(json.dumps({**provenance.header(), **summary}, indent=1) + "\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    command = f"deepspeed train/run.py --preset {config['preset']} --strategy {config['strategy']}"
+    kept = {**provenance.header(), "command": command, **summary}
+    (provenance.RESULTS / "demo.json").write_text(json.dumps(kept, indent=1) + "\n")
     shutil.copy(run / "samples.png", provenance.RESULTS / "demo.png")
     shutil.copy(run / "loss.png", provenance.RESULTS / "demo-loss.png")
     return 0

@@ -250,7 +250,7 @@ def finish(
 
 
 def same_run(config: Config, folder: Path) -> bool:
-    """Whether the folder's saved configuration is this one, the fields that only steer a session aside."""
+    """Whether the folder's saved configuration is exactly this one."""
     saved = folder / "config.yaml"
     return saved.is_file() and saved.read_text() == config.to_yaml()
 

@@ -54,8 +54,10 @@ def test_keeping_a_run_needs_a_finished_one(tmp_path, monkeypatch, capsys):
     for name in ("samples.png", "loss.png"):
         (tmp_path / name).write_bytes(b"png")
     (tmp_path / "summary.json").write_text('{"steps": 3}')
+    (tmp_path / "config.yaml").write_text("{preset: demo, strategy: s3}")
     assert demo.main([str(tmp_path)]) == 0
     kept = json.loads((tmp_path / "results" / "demo.json").read_text())
     assert kept["steps"] == 3
     assert kept["torch"]
+    assert kept["command"] == "deepspeed train/run.py --preset demo --strategy s3"
     assert (tmp_path / "results" / "demo.png").read_bytes() == b"png"
