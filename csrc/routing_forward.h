@@ -9,11 +9,16 @@ namespace {
 constexpr int64_t COLS = 8 * W;  // channels normalised at a time: their L rows stay in L1
 
 // out[d, 0:n] = sum_l w[l, d] * x[l, 0:n] for DB blocks and VB vectors of channels; squares[d] += out^2 before rounding.
+// ahead: the next token's rows, or null; their channels from `at` on are fetched into L2 between the products, since the
+// misses of a whole tile at once would hold up its packing.
 template <int DB, int VB, class T>
 void mix(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t layers, T* out, int64_t ldo, int64_t n,
-         vec* squares) {
+         vec* squares, const T* const* ahead, int64_t at) {
   vec acc[DB][VB] = {};
   for (int64_t l = 0; l < layers; ++l, x += ldx, w += ldw) {
+    if (ahead) {
+      SR_UNROLL for (int b = 0; b < VB * W; b += 64 / sizeof(T)) __builtin_prefetch(ahead[l] + at + b, 0, 2);
+    }
     vec xv[VB];
     SR_UNROLL for (int v = 0; v < VB; ++v) xv[v] = load(x + v * W);
     SR_UNROLL for (int d = 0; d < DB; ++d) {
@@ -33,12 +38,13 @@ void mix(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t layer
 // out[:, 0:n] of one token from a tile of COLS normalised channels x [L, ldx].
 template <class T>
 void mix_tile(const float* x, int64_t ldx, const float* w, int64_t blocks, int64_t layers, T* out, int64_t ldo,
-              int64_t n, vec* squares) {
+              int64_t n, vec* squares, const T* const* ahead, int64_t at) {
   for (int64_t d = 0; d < blocks;) {
     auto run = [&](auto db, auto vb) {
       constexpr int DB = decltype(db)::value, VB = decltype(vb)::value;
       for (int64_t c = 0; c < n; c += VB * W)
-        mix<DB, VB>(x + c, ldx, w + d, blocks, layers, out + d * ldo + c, ldo, n - c, squares ? squares + d : nullptr);
+        mix<DB, VB>(x + c, ldx, w + d, blocks, layers, out + d * ldo + c, ldo, n - c, squares ? squares + d : nullptr,
+                    d == 0 ? ahead : nullptr, at + c);
       d += DB;
     };
     const int64_t left = blocks - d;
@@ -75,7 +81,8 @@ void route_rows(const Rows<T>& x, const Tensor& weights, const optional<Tensor>&
   const int64_t ld = leading(COLS);
   const int64_t step = std::clamp<int64_t>(tokens / (8 * at::get_num_threads()), 1, 16);
   parallel_ranges(tokens, step, [&] {
-    return [&, tile = scratch(layers * ld), lanes = scratch(sumsq ? blocks * W : 0)](int64_t begin, int64_t end) {
+    return [&, tile = scratch(layers * ld), lanes = scratch(sumsq ? blocks * W : 0),
+            ahead = std::vector<const T*>(layers)](int64_t begin, int64_t end) mutable {
       vec* squares = sumsq ? reinterpret_cast<vec*>(lanes.get()) : nullptr;
       int64_t sample = 0;
       for (int64_t t = begin; t < end; ++t) {
@@ -84,12 +91,16 @@ void route_rows(const Rows<T>& x, const Tensor& weights, const optional<Tensor>&
           for (int64_t l = 0; l < layers; ++l)
             std::tie(mean[l * tokens + t], rstd[l * tokens + t]) = row_stats(x.row(l, t), channels);
         if (sumsq) std::fill(squares, squares + blocks, vec{});
+        const bool spread = blocks >= 6 && t + 1 < tokens;  // fewer products are over before the misses
+        if (spread)
+          for (int64_t l = 0; l < layers; ++l) ahead[l] = x.row(l, t + 1);
         for (int64_t c = 0; c < channels; c += COLS) {
           const int64_t n = std::min(COLS, channels - c);
           for (int64_t l = 0; l < layers; ++l)
-            pack(x.row(l, t) + c, n, COLS, x.stride[l], mean[l * tokens + t], rstd[l * tokens + t], tile.get() + l * ld);
+            pack(x.row(l, t) + c, n, COLS, spread ? 0 : x.stride[l], mean[l * tokens + t], rstd[l * tokens + t],
+                 tile.get() + l * ld);
           mix_tile(tile.get(), ld, w.data() + sample * layers * blocks, blocks, layers, to + t * channels + c,
-                   tokens * channels, n, squares);
+                   tokens * channels, n, squares, spread ? ahead.data() : nullptr, c);
         }
         if (sumsq)
           for (int64_t d = 0; d < blocks; ++d) sumsq[d * tokens + t] = sum(squares[d]);

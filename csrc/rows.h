@@ -130,13 +130,13 @@ std::pair<float, float> row_stats(const T* p, int64_t n) {
   return {mean + left, 1.f / std::sqrt(std::max(variance, 0.f) + EPS)};
 }
 
-// xhat of n channels into `to`, zeros up to `width`. The row's next tile and the next token's, `next_row`
-// elements further on, are fetched meanwhile: rows of a tile share cache sets, and no hardware prefetcher follows them.
+// xhat of n channels into `to`, zeros up to `width`. The row's next tile and the next token's, `next_row` elements
+// further on (0: not here), are fetched meanwhile: rows of a tile share cache sets, and no hardware prefetcher follows.
 template <class T>
 void pack(const T* p, int64_t n, int64_t width, int64_t next_row, float mean, float rstd, float* to) {
   for (int64_t b = 0; b < n; b += 64 / sizeof(T)) {
     __builtin_prefetch(p + width + b);
-    __builtin_prefetch(p + next_row + b, 0, 2);
+    if (next_row) __builtin_prefetch(p + next_row + b, 0, 2);
   }
   int64_t c = 0;
   for (; c + P <= n; c += P) {
