@@ -1,4 +1,4 @@
-# demo: install what is needed, build a small corpus, train, sample.   test: the test suite.
+# demo: install what is needed, build a small corpus, train, sample.   test, faults: the test suites.
 PYTHON ?= python3
 STRATEGY ?= s3
 VENV := .venv
@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 # constraints.txt was resolved on Python 3.11; some of its exact versions do not exist for 3.10.
 CONSTRAINTS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else '')")
 
-.PHONY: help install demo test bench lint
+.PHONY: help install demo test faults bench lint
 
 help:
 	@echo "make demo   install, build the shapes corpus, train with STRATEGY=$(STRATEGY) under DeepSpeed, draw pictures"
 	@echo "make test   run the test suite"
+	@echo "make faults kill ranks, break files, fill disks under real training runs, and see what happens"
 	@echo "make bench  run the kernel micro-benchmarks"
 	@echo "make lint   ruff (lint and format) and mypy"
 
@@ -30,6 +31,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+faults: install
+	$(BIN)/python -m pytest -m faults tests/faults
 
 bench: install
 	$(BIN)/python -m pytest bench/kernels --benchmark-only

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -374,4 +375,8 @@ def fail(error: Exception) -> int:
     """Print the error once (on the first rank of a node) in one line; the exit code for a bad setting."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(
+            3
+        )  # the launcher ends all ranks a second after the first one that ends: the one that prints comes first
     return 2
