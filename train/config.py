@@ -376,7 +376,5 @@ def fail(error: Exception) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)
     else:
-        time.sleep(
-            3
-        )  # the launcher ends all ranks a second after the first one that ends: the one that prints comes first
+        time.sleep(3)  # the launcher ends all ranks soon after the first has ended: let that be the one that prints
     return 2
