@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from train.config import ConfigError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -20,6 +22,7 @@ class Ranks:
     world: int
     local_rank: int
     device: torch.device
+    nodes: int = 1
 
     @property
     def first(self) -> bool:
@@ -41,7 +44,10 @@ class Ranks:
 
 
 def start() -> Ranks:
-    """Set what is missing for a single process, tell streaming how many ranks share a node, open the process group."""
+    """Set what is missing for a single process, tell streaming how many ranks share a node, open the process group.
+
+    Raises: ConfigError on all ranks when the nodes have different numbers of them, or do not number them in turn.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -61,7 +67,15 @@ def start() -> Ranks:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     deepspeed.init_distributed(verbose=False)
-    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+    world = int(os.environ["WORLD_SIZE"])
+    ranks = Ranks(int(os.environ["RANK"]), world, local_rank, device, max(1, world // local_world))
+    places = ranks.gather((local_rank, local_world))
+    if places != [(rank % local_world, local_world) for rank in range(world)] or world % local_world:
+        got = ", ".join(f"{place} of {size}" for place, size in places)
+        raise ConfigError(
+            f"LOCAL_RANK of LOCAL_WORLD_SIZE: wanted the same number of ranks on every node, in turn, got {got}"
+        )
+    return ranks
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -74,8 +74,9 @@ def check(config: Config, ranks: Ranks, parameters: int, dtype: torch.dtype, tex
     disk = shutil.disk_usage(config.folder).free
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
     name = str(dtype).removeprefix("torch.")
+    nodes = f" on {ranks.nodes} nodes" if ranks.nodes > 1 else ""
     return [
-        f"device     {where}; {name}, fp32 masters; ZeRO {config.zero}; batch {config.batch_size} = "
+        f"device     {where}{nodes}; {name}, fp32 masters; ZeRO {config.zero}; batch {config.batch_size} = "
         f"{ranks.world} ranks x {micro} x {config.batch_size // (micro * ranks.world)} micro-steps",
         f"model      {config.strategy}, {parameters:,} parameters; {text}",
         f"backends   {backends_line(device, dtype)}",

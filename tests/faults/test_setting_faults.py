@@ -32,3 +32,11 @@ def test_two_ranks_name_the_setting_once(launch, case):
     """One that fails before torch is imported, one that fails with the process group open."""
     flags, message = BAD[case]
     check(launch("run", *flags, ranks=2), message)
+
+
+def test_ranks_that_do_not_know_their_node_are_refused(launch_ranks):
+    """Two ranks on a machine, each told that it is alone there: shared memory would collide."""
+    alone = {"LOCAL_SIZE": "1", "LOCAL_RANK": "0"}
+    first, second = launch_ranks("run", environments={0: alone, 1: {**alone, "LOCAL_RANK": "1"}})
+    check(first, "LOCAL_RANK of LOCAL_WORLD_SIZE: wanted the same number of ranks on every node, in turn")
+    assert second.wait() == 2
