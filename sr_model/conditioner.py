@@ -1,4 +1,13 @@
-"""The conditioner: text features and fusion weights -> keys and values of every block, in one batched step."""
+"""The conditioner: text features and fusion weights -> keys and values of every block, in one batched step.
+
+The context embedder, RMSNorm(C) with weight g and Linear(C, C) with weight W_e and bias b_e, can be folded into each
+block's K/V projection W_d: with r the row factor of the RMSNorm,
+
+    W_d (W_e (g * r * h) + b_e)  =  r * (W_d W_e diag(g)) h  +  W_d b_e
+
+which is exact. The fold costs D * 2 Hkv hd * C * C multiply-adds whatever the number of tokens, and saves the embedder's
+C * C for every token of every fused state; a rule on the token count chooses (`Conditioner.folds`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +24,12 @@ class Conditioner(nn.Module):
     """Eq. 2, then the context embedder shared by all blocks, then each block's K/V projection, k-norm and text RoPE.
 
     The K/V projections of all D blocks are one parameter, so that one batched product serves them.
+
+    fold: whether the context embedder is folded into the projections: None by the rule, True and False always and never
+        (to compare them). Without gradients the folded weights are kept until a parameter changes.
     """
+
+    fold: bool | None = None
 
     def __init__(self, depth: int, text_dim: int, kv_heads: int, head_dim: int, rope_base: float | None, eps: float):
         super().__init__()
@@ -24,26 +38,66 @@ class Conditioner(nn.Module):
         self.embed = nn.Linear(text_dim, text_dim)
         self.kv_weight = nn.Parameter(torch.empty(depth, 2 * kv_heads * head_dim, text_dim))  # keys, then values
         self.k_norm = nn.Parameter(torch.ones(depth, head_dim))
+        self._folded: tuple[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] | None = None
         for weight in self.kv_weight.detach().unbind():  # per projection, so that the fans are those of one Linear
             for half in weight.chunk(2):
                 nn.init.xavier_uniform_(half)
 
-    def forward(self, text: TextFeatures, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha [1|B, 1|D, L] over text's L layers -> k, v, each [D, T, Hkv, hd] in the parameters' dtype."""
-        depth = self.kv_weight.shape[0]
+    def folds(self, tokens: int, rows: int, times: int = 1) -> bool:
+        """Whether folding is the cheaper way for `tokens` text tokens and `rows` fused states (1 or D) a token.
+
+        times: how often keys and values are made from the same weights without gradients (sampling steps). A backward
+        pass costs both ways twice their forward pass, so that the rule is the same in training.
+        """
+        if self.fold is not None:
+            return self.fold
+        depth, width, _ = self.kv_weight.shape
+        return times * tokens * rows > depth * width
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(W_d W_e diag(g) [D, 2 Hkv hd, C], W_d b_e [D, 2 Hkv hd]) in the parameters' dtype; kept without gradients."""
+        parameters = (self.norm.weight, self.embed.weight, self.embed.bias, self.kv_weight)
+        keep = not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)) and not torch.is_inference(
+            self.kv_weight
+        )
+        key = tuple((p.data_ptr(), p._version) for p in parameters) if keep else ()
+        if keep and self._folded is not None and self._folded[0] == key:
+            return self._folded[1]
+        dtype = self.kv_weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        embed = (self.embed.weight.to(wide) * self.norm.weight).to(dtype)  # [C, C]
+        pair = self.kv_weight @ embed, self.kv_weight @ self.embed.bias
+        self._folded = (key, pair) if keep else None
+        return pair
+
+    def forward(self, text: TextFeatures, alpha: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
+        """alpha [1|B, 1|D, L] over text's L layers -> k, v, each [D, T, Hkv, hd] in the parameters' dtype.
+
+        times: as in `folds`.
+        """
+        depth, dtype = self.kv_weight.shape[0], self.kv_weight.dtype
         shared = alpha.shape[0] == 1
-        fused = route(
-            text.hidden,
-            alpha[0] if shared else alpha,
-            cu_seqlens=None if shared else text.cu_seqlens,
-            stats=(text.mean, text.rstd),
-        )  # [1|D, T, C]
-        assert isinstance(fused, Tensor)
-        embedded = self.embed(self.norm(fused.to(self.kv_weight.dtype)))
-        if embedded.shape[0] == 1:  # depth-shared: one product [T, C] . [C, D * 2 * Hkv * hd]
-            kv = F.linear(embedded[0], self.kv_weight.flatten(0, 1)).unflatten(-1, (depth, -1)).transpose(0, 1)
+        weights = alpha[0] if shared else alpha
+        cu_seqlens, stats = None if shared else text.cu_seqlens, (text.mean, text.rstd)
+        rows, tokens = alpha.shape[1], text.cu_seqlens_host[-1]
+        fold = self.folds(tokens, rows, 1 if torch.is_grad_enabled() else times)
+        factor = None
+        if fold:
+            fused, squares = route(text.hidden, weights, cu_seqlens=cu_seqlens, stats=stats, return_sumsq=True)
+            factor = torch.rsqrt(squares / text.width + self.eps)[..., None]  # [1|D, T, 1], the RMSNorm's
+            kv_weight, bias = self.folded()
+            inputs = fused.to(dtype)
         else:
-            kv = torch.bmm(embedded, self.kv_weight.transpose(1, 2))  # [D, T, 2*Hkv*hd]
+            fused = route(text.hidden, weights, cu_seqlens=cu_seqlens, stats=stats)
+            assert isinstance(fused, Tensor)
+            kv_weight, bias = self.kv_weight, None
+            inputs = self.embed(self.norm(fused.to(dtype)))
+        if rows == 1:  # depth-shared: one product [T, C] . [C, D * 2 * Hkv * hd]
+            kv = F.linear(inputs[0], kv_weight.flatten(0, 1)).unflatten(-1, (depth, -1)).transpose(0, 1)
+        else:
+            kv = torch.bmm(inputs, kv_weight.transpose(1, 2))  # [D, T, 2*Hkv*hd]
+        if factor is not None:
+            kv = torch.addcmul(bias[:, None].to(factor.dtype), kv, factor).to(dtype)
         k, v = kv.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)  # [D, T, Hkv, hd]
         angles = None if self.rope_base is None else text_rope(text.positions(), self.head_dim, self.rope_base)
         return qk_norm_rope(k, self.k_norm[:, None, None], angles, self.eps), v.contiguous()

@@ -108,8 +108,10 @@ class DiT(ModelMixin, ConfigMixin):
             raise ValueError("num_layers: wanted the number of LLM layers, the model's text_layers is None")
         return self.fusion(seen, n)
 
-    def condition(self, text: TextFeatures, gate_time: Tensor) -> TextKV:
+    def condition(self, text: TextFeatures, gate_time: Tensor, times: int = 1) -> TextKV:
         """Keys and values of all blocks from features; gate_time [B] or [1].
+
+        times: how often this is asked with the same weights (sampling steps), for the rule that folds the context embedder.
 
         Raises: ValueError naming the layers that are missing from the features.
         """
@@ -117,7 +119,7 @@ class DiT(ModelMixin, ConfigMixin):
         alpha = self.fusion_weights(gate_time, n)
         text = text.select(layers_read(self.config.strategy, n))
         alpha = alpha[..., [i - 1 for i in text.layer_ids]]
-        k, v = self.conditioner(text, alpha)
+        k, v = self.conditioner(text, alpha.to(text.mean.dtype), times)
         return TextKV(k, v, text.cu_seqlens, max(text.lengths))
 
     def forward(self, x: Tensor, t: Tensor, text: TextFeatures | TextKV, gate_time: Tensor | None = None) -> Tensor:

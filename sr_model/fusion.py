@@ -24,6 +24,11 @@ def time_embedding(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in fp32 at least: weights over layers are computed in it whatever the parameters' dtype."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Penultimate(nn.Module):
     """b1, eq. 4: the penultimate layer alone."""
 
@@ -47,7 +52,7 @@ class Static(nn.Module):
         self.logits = nn.Parameter(torch.zeros(rows, num_layers))
 
     def forward(self, gate_time: Tensor, num_layers: int) -> Tensor:
-        return self.logits.float().softmax(-1)[None]  # [1, rows, L]
+        return wide(self.logits).softmax(-1)[None]  # [1, rows, L]
 
 
 class TimeGate(nn.Module):
@@ -63,9 +68,10 @@ class TimeGate(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, gate_time: Tensor, num_layers: int) -> Tensor:
-        phi = time_embedding(gate_time)  # [B, 128]; the gates run in fp32 whatever the parameters' dtype
-        h = torch.einsum("bi,rhi->brh", phi, self.in_weight.float()) + self.in_bias.float()
-        z = torch.einsum("brh,rlh->brl", F.silu(h), self.out_weight.float()) + self.out_bias.float()
+        weight = wide(self.in_weight)
+        phi = time_embedding(gate_time).to(weight.dtype)  # [B, 128]
+        h = torch.einsum("bi,rhi->brh", phi, weight) + wide(self.in_bias)
+        z = torch.einsum("brh,rlh->brl", F.silu(h), wide(self.out_weight)) + wide(self.out_bias)
         return z.softmax(-1)  # [B, rows, L]
 
 

@@ -133,6 +133,11 @@ class TextFeatures:
         return len(self.cu_seqlens_host) - 1
 
     @property
+    def width(self) -> int:
+        """The LLM's width C."""
+        return int(self.hidden[0].shape[-1])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of hidden states and statistics."""
         layers = [self.hidden] if isinstance(self.hidden, Tensor) else self.hidden
