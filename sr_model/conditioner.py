@@ -5,8 +5,8 @@ block's K/V projection W_d: with r the row factor of the RMSNorm,
 
     W_d (W_e (g * r * h) + b_e)  =  r * (W_d W_e diag(g)) h  +  W_d b_e
 
-which is exact. The fold costs D * 2 Hkv hd * C * C multiply-adds whatever the number of tokens, and saves the embedder's
-C * C for every token of every fused state; a rule on the token count chooses (`Conditioner.folds`).
+which is exact. The fold costs D * 2 Hkv hd * C * C multiply-adds whatever the number of tokens, and saves the
+embedder's C * C for every token of every fused state; a rule on the token count chooses (`Conditioner.folds`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Conditioner(nn.Module):
         return times * tokens * rows > depth * width
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """(W_d W_e diag(g) [D, 2 Hkv hd, C], W_d b_e [D, 2 Hkv hd]) in the parameters' dtype; kept without gradients."""
+        """W_d W_e diag(g) [D, 2 Hkv hd, C] and W_d b_e [D, 2 Hkv hd] in the parameters' dtype."""
         parameters = (self.norm.weight, self.embed.weight, self.embed.bias, self.kv_weight)
         keep = not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)) and not torch.is_inference(
             self.kv_weight
@@ -70,34 +70,32 @@ class Conditioner(nn.Module):
         self._folded = (key, pair) if keep else None
         return pair
 
+    @staticmethod
+    def _project(x: Tensor, weight: Tensor) -> Tensor:
+        """x [1|D, T, C] times weight [D, K, C] -> [D, T, K]; depth-shared states in one product of all blocks."""
+        if x.shape[0] == 1:
+            return F.linear(x[0], weight.flatten(0, 1)).unflatten(-1, (weight.shape[0], -1)).transpose(0, 1)
+        return torch.bmm(x, weight.transpose(1, 2))
+
     def forward(self, text: TextFeatures, alpha: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
         """alpha [1|B, 1|D, L] over text's L layers -> k, v, each [D, T, Hkv, hd] in the parameters' dtype.
 
         times: as in `folds`.
         """
-        depth, dtype = self.kv_weight.shape[0], self.kv_weight.dtype
+        dtype = self.kv_weight.dtype
         shared = alpha.shape[0] == 1
         weights = alpha[0] if shared else alpha
         cu_seqlens, stats = None if shared else text.cu_seqlens, (text.mean, text.rstd)
         rows, tokens = alpha.shape[1], text.cu_seqlens_host[-1]
-        fold = self.folds(tokens, rows, 1 if torch.is_grad_enabled() else times)
-        factor = None
-        if fold:
+        if self.folds(tokens, rows, 1 if torch.is_grad_enabled() else times):
             fused, squares = route(text.hidden, weights, cu_seqlens=cu_seqlens, stats=stats, return_sumsq=True)
             factor = torch.rsqrt(squares / text.width + self.eps)[..., None]  # [1|D, T, 1], the RMSNorm's
-            kv_weight, bias = self.folded()
-            inputs = fused.to(dtype)
+            weight, bias = self.folded()
+            kv = torch.addcmul(bias[:, None].to(factor.dtype), self._project(fused.to(dtype), weight), factor).to(dtype)
         else:
             fused = route(text.hidden, weights, cu_seqlens=cu_seqlens, stats=stats)
             assert isinstance(fused, Tensor)
-            kv_weight, bias = self.kv_weight, None
-            inputs = self.embed(self.norm(fused.to(dtype)))
-        if rows == 1:  # depth-shared: one product [T, C] . [C, D * 2 * Hkv * hd]
-            kv = F.linear(inputs[0], kv_weight.flatten(0, 1)).unflatten(-1, (depth, -1)).transpose(0, 1)
-        else:
-            kv = torch.bmm(inputs, kv_weight.transpose(1, 2))  # [D, T, 2*Hkv*hd]
-        if factor is not None:
-            kv = torch.addcmul(bias[:, None].to(factor.dtype), kv, factor).to(dtype)
+            kv = self._project(self.embed(self.norm(fused.to(dtype))), self.kv_weight)  # [D, T, 2*Hkv*hd]
         k, v = kv.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)  # [D, T, Hkv, hd]
         angles = None if self.rope_base is None else text_rope(text.positions(), self.head_dim, self.rope_base)
         return qk_norm_rope(k, self.k_norm[:, None, None], angles, self.eps), v.contiguous()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sr_model.conditioner import Conditioner
 from sr_model.flow import sigma_of
 from sr_model.fusion import build_fusion, layers_read
-from sr_model.layers import Block, image_rope
+from sr_model.layers import CHECKPOINTING, Block, image_rope
 from sr_model.presets import PRESETS
 from sr_model.text_features import TextFeatures, TextKV
 
@@ -40,6 +40,7 @@ class DiT(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    zero3_leaves = (Conditioner, Block)  # they use parameters of their children, or are compiled whole
     _no_split_modules = ("Block",)
 
     @register_to_config
@@ -80,7 +81,6 @@ class DiT(ModelMixin, ConfigMixin):
         )
         self.norm_out = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
-        self.gradient_checkpointing = False
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -91,6 +91,26 @@ class DiT(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.patch_embed.bias)
         nn.init.normal_(self.conditioner.embed.weight, std=0.02)
         nn.init.zeros_(self.proj_out.weight)
+
+    def enable_gradient_checkpointing(self, mode: str = "full") -> None:
+        """Recompute blocks in the backward pass; mode: "full", "selective" or "none" (see `Block`).
+
+        Raises: ValueError for another mode.
+        """
+        if mode not in CHECKPOINTING:
+            raise ValueError(f"mode: wanted one of {', '.join(CHECKPOINTING)}, got {mode!r}")
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.checkpointing = mode
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations for the backward pass."""
+        self.enable_gradient_checkpointing("none")
+
+    def compile_blocks(self) -> None:
+        """torch.compile every block, without graph breaks; hooks on the blocks (ZeRO-3's) stay outside."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True)
 
     @property
     def layer_ids(self) -> tuple[int, ...] | None:
@@ -111,7 +131,7 @@ class DiT(ModelMixin, ConfigMixin):
     def condition(self, text: TextFeatures, gate_time: Tensor, times: int = 1) -> TextKV:
         """Keys and values of all blocks from features; gate_time [B] or [1].
 
-        times: how often this is asked with the same weights (sampling steps), for the rule that folds the context embedder.
+        times: how often this is asked with the same weights (sampling steps): see `Conditioner.folds`.
 
         Raises: ValueError naming the layers that are missing from the features.
         """
@@ -148,11 +168,7 @@ class DiT(ModelMixin, ConfigMixin):
         cu_q = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=x.device)
         # unbind, not indexing: its backward is one stack instead of D full-size additions
         for block, k, v in zip(self.blocks, kv.k.unbind(0), kv.v.unbind(0), strict=True):
-            arguments = (h, k, v, angles, cu_q, kv.cu_seqlens, kv.max_len)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                h = block(*arguments)
+            h = block(h, k, v, angles, cu_q, kv.cu_seqlens, kv.max_len)
         out = self.proj_out(self.norm_out(h))  # [B, N, p*p*channels]
         out = out.view(batch, rows, columns, p, p, -1)  # patch order: row, column, channel
         return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sr_kernels.attention import dense_attention, varlen_attention
 
@@ -98,8 +103,33 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+def keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy of selective checkpointing: outputs of matrix products and attention are kept, the rest is redone."""
+    dear = op in PRODUCTS or "attention" in str(op) or "attn" in str(op)
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# reentrant checkpointing would drop gradients that travel inside objects, and cannot be compiled
+CHECKPOINTING: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "full": partial(checkpoint, use_reentrant=False),
+    "selective": partial(
+        checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, keep_products)
+    ),
+}
+
+
 class Block(nn.Module):
-    """Self-attention, cross-attention (on an input that is not normed), SwiGLU; each added to the residual stream."""
+    """Self-attention, cross-attention (on an input that is not normed), SwiGLU; each added to the residual stream.
+
+    checkpointing: what the backward pass recomputes: "none", "full" (all of the block) or "selective" (all but matrix
+        products and attention: half the memory for a few percent of time).
+    """
+
+    checkpointing = "none"
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, inner: int, eps: float) -> None:
         super().__init__()
@@ -112,7 +142,14 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int
     ) -> Tensor:
-        """Plain tensors only: an object would lose its gradient under reentrant checkpointing. [B, N, H] -> same."""
+        """x [B, N, H], k and v [T, Hkv, hd] of this block, angles [N, hd/2], bounds as in `varlen_attention` -> x."""
+        recompute = CHECKPOINTING[self.checkpointing]
+        if recompute is None or not torch.is_grad_enabled():
+            return self.run(x, k, v, angles, cu_q, cu_k, max_k)
+        return recompute(self.run, x, k, v, angles, cu_q, cu_k, max_k)
+
+    def run(self, x: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
+        """The block itself."""
         x = x + self.self_attn(self.norm1(x), angles)
         x = x + self.cross_attn(x, k, v, cu_q, cu_k, max_k)
         return x + self.mlp(self.norm2(x))

@@ -140,8 +140,7 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
         return build(config.strategy, config.model.size, **sizes)
 
     model = new_model().to(ranks.device)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    model.enable_gradient_checkpointing(config.gradient_checkpointing)
     engine = build_engine(model, config, ranks.world, dtype == torch.bfloat16)
     ema = Ema(engine, config.optim.ema)
     micro = engine.train_micro_batch_size_per_gpu()

@@ -175,7 +175,9 @@ class Config:
         micro_batch_size: samples in one forward pass of one rank; default: no gradient accumulation.
         zero: DeepSpeed ZeRO stage.
         dtype: of the DiT; fp32 masters are kept under bf16. auto: bf16 where the device is fast at it.
-        gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more time.
+        gradient_checkpointing: what of a block the backward pass recomputes: none; selective, all but matrix products
+            and attention (half the memory, little time); full, all of it (least memory, a third more time).
+        compile: torch.compile the blocks; auto: on a GPU.
         log_every: steps between progress lines.
         checkpoint_every: steps between checkpoints; there is always one at the end.
         keep_checkpoints: how many of the newest are kept.
@@ -199,7 +201,8 @@ class Config:
     micro_batch_size: int | None = None
     zero: Literal[0, 1, 2, 3] = 2
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: Literal["auto", "true", "false"] = "auto"
     log_every: int = 50
     checkpoint_every: int = 5000
     keep_checkpoints: int = 3

@@ -7,9 +7,10 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
-from torch import Tensor, nn
+from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
+from torch import Tensor
 
+from sr_model import DiT
 from train.config import Config
 
 
@@ -39,8 +40,13 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
     return settings
 
 
-def build_engine(model: nn.Module, config: Config, world: int, bf16: bool) -> deepspeed.DeepSpeedEngine:
-    """The model under DeepSpeed with AdamW and the learning-rate schedule."""
+def build_engine(model: DiT, config: Config, world: int, bf16: bool) -> deepspeed.DeepSpeedEngine:
+    """The model under DeepSpeed with AdamW and the learning-rate schedule; its blocks compiled where that pays."""
+    if config.zero == 3:  # gather a leaf's parameters together, with no hook inside it
+        set_z3_leaf_modules(model, model.zero3_leaves)
+    device = next(model.parameters()).device
+    if config.compile == "true" or (config.compile == "auto" and device.type == "cuda"):
+        model.compile_blocks()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.optim.lr,

@@ -1,7 +1,10 @@
 """The DiT: the paper's parameter counts, rotary embeddings, gradients, refusals."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sr_model import TextFeatures, build
 from sr_model.dit import parameter_count
@@ -71,15 +74,57 @@ def test_text_keys_are_rotated_by_their_place_in_their_own_prompt(tiny_dit):
 def test_checkpointing_changes_no_gradient_and_every_parameter_has_one(tiny_dit, strategy):
     x, t, text = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7]), features()
     gradients = []
-    for checkpointing in (False, True):
+    for mode in ("none", "full", "selective"):
         model = tiny_dit(strategy).train()
-        if checkpointing:
-            model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(mode)
         model(x, t, text).square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         assert torch.equal(gradient, gradients[1][name]), name
+        assert torch.equal(gradient, gradients[2][name]), name
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_blocks_compile_whole_and_give_the_same_gradients(tiny_dit, mode):
+    """fullgraph: a graph break would raise. Prompts of other lengths take the same graphs."""
+    plain, compiled = tiny_dit("s3").train(), tiny_dit("s3").train()
+    torch._dynamo.reset()
+    for model in (plain, compiled):
+        model.enable_gradient_checkpointing(mode)
+    compiled.compile_blocks()
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7])
+    for lengths in ((3, 5), (4, 9), (7, 2)):
+        for model in (plain, compiled):
+            model.zero_grad()
+            model(x, t, features(lengths)).square().mean().backward()
+        for (name, p), q in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            assert (p.grad - q.grad).norm() <= 1e-5 * p.grad.norm(), name
+
+
+def test_what_checkpointing_recomputes(tiny_dit):
+    """Operations counted as they run: full redoes the products, selective only what lies between them."""
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.runs = Counter()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.runs[op.overloadpacket.__name__] += 1
+            return op(*args, **(kwargs or {}))
+
+    runs = {}
+    for mode in ("none", "selective", "full"):
+        model = tiny_dit("s3").train()
+        model.enable_gradient_checkpointing(mode)
+        with Count() as counter:
+            model(torch.randn(2, 3, 8, 8), torch.rand(2), features()).sum().backward()
+        runs[mode] = counter.runs
+    assert runs["selective"]["mm"] == runs["none"]["mm"]
+    again = 2 * (9 - 1)  # blocks x projections; the last one's output is not needed
+    assert runs["full"]["mm"] == runs["none"]["mm"] + again
+    assert runs["none"]["silu"] < runs["selective"]["silu"] == runs["full"]["silu"]
 
 
 def test_bf16_stays_near_fp32(tiny_dit):

@@ -56,9 +56,18 @@ def test_zero_stages_and_micro_batches_agree(train):
     """Draws belong to samples, so how a batch is cut changes rounding alone."""
     one = losses(train("one", "--steps=3", "--zero=0"))
     for name, flags in (("z1", ["--zero=1"]), ("z3", ["--zero=3"]), ("micro", ["--micro_batch_size=2"]),
-                        ("recompute", ["--gradient_checkpointing=true"])):  # fmt: skip
+                        ("recompute", ["--gradient_checkpointing=full"])):  # fmt: skip
         other = losses(train(name, "--steps=3", *flags))
         assert all(math.isclose(one[s], other[s], rel_tol=1e-5) for s in one), (name, one, other)
+
+
+@pytest.mark.slow  # compiles for half a minute
+@pytest.mark.parametrize("zero", [0, 3])
+def test_compiled_blocks_train_alike_at_any_stage(train, zero):
+    one = losses(train("one", "--steps=3", "--zero=0"))
+    flags = [f"--zero={zero}", "--compile=true", "--gradient_checkpointing=selective"]
+    other = losses(train("compiled", "--steps=3", *flags))
+    assert all(math.isclose(one[s], other[s], rel_tol=1e-5) for s in one)
 
 
 def test_the_moving_average_is_the_recurrence(train):
