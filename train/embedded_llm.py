@@ -49,11 +49,14 @@ def converted() -> Path:
     Raises: FileNotFoundError when the package is not installed.
     """
     version = importlib.metadata.version(PACKAGE) if importlib.util.find_spec(PACKAGE.replace("-", "_")) else "absent"
-    folder = cache_folder() / f"{PACKAGE}-{version}"
+    reader = importlib.metadata.version("transformers").partition(".")[0]  # 4 cannot read a tokenizer that 5 wrote
+    folder = cache_folder() / f"{PACKAGE}-{version}-transformers-{reader}"
     if (folder / "config.json").is_file():
         return folder
     source = package_file()
     import torch
+    import transformers
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
@@ -64,7 +67,14 @@ def converted() -> Path:
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModel.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+        start = tokenizer.bos_token  # transformers 4 puts it before every text, 5 does not: do so with both
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+        )
+        # transformers 5 would keep the file's blocks where it can, and then refuses to save the model
+        config_class = getattr(transformers, "GgufConfig", None)
+        dense = {"quantization_config": config_class(dequantize=True)} if config_class else {}
+        model = AutoModel.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16, **dense)
         tokenizer.save_pretrained(work)
         model.save_pretrained(work)
         work.chmod(0o755)
