@@ -97,5 +97,5 @@ class Conditioner(nn.Module):
             assert isinstance(fused, Tensor)
             kv = self._project(self.embed(self.norm(fused.to(dtype))), self.kv_weight)  # [D, T, 2*Hkv*hd]
         k, v = kv.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)  # [D, T, Hkv, hd]
-        angles = None if self.rope_base is None else text_rope(text.positions(), self.head_dim, self.rope_base)
-        return qk_norm_rope(k, self.k_norm[:, None, None], angles, self.eps), v.contiguous()
+        rope = None if self.rope_base is None else text_rope(text.positions(), self.head_dim, self.rope_base)
+        return qk_norm_rope(k, self.k_norm[:, None, None], rope, self.eps), v.contiguous()

@@ -140,7 +140,7 @@ class DiT(ModelMixin, ConfigMixin):
         text = text.select(layers_read(self.config.strategy, n))
         alpha = alpha[..., [i - 1 for i in text.layer_ids]]
         k, v = self.conditioner(text, alpha.to(text.mean.dtype), times)
-        return TextKV(k, v, text.cu_seqlens, max(text.lengths))
+        return TextKV(k, v, text.cu_seqlens, text.cu_seqlens_host)
 
     def forward(self, x: Tensor, t: Tensor, text: TextFeatures | TextKV, gate_time: Tensor | None = None) -> Tensor:
         """Velocity data - noise.
@@ -164,11 +164,11 @@ class DiT(ModelMixin, ConfigMixin):
             raise ValueError(f"text: wanted {batch} prompts, one a sample of x, got {kv.cu_seqlens.numel() - 1}")
         h = self.patch_embed(x).flatten(2).transpose(1, 2)  # [B, N, hidden]
         n = rows * columns
-        angles = image_rope(rows, columns, self.config.head_dim, self.config.rope_base, x.device)
+        rope = image_rope(rows, columns, self.config.head_dim, self.config.rope_base, x.device)
         cu_q = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=x.device)
         # unbind, not indexing: its backward is one stack instead of D full-size additions
         for block, k, v in zip(self.blocks, kv.k.unbind(0), kv.v.unbind(0), strict=True):
-            h = block(h, k, v, angles, cu_q, kv.cu_seqlens, kv.max_len)
+            h = block(h, k, v, rope, cu_q, kv.cu_seqlens, kv.max_len)
         out = self.proj_out(self.norm_out(h))  # [B, N, p*p*channels]
         out = out.view(batch, rows, columns, p, p, -1)  # patch order: row, column, channel
         return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)

@@ -19,29 +19,35 @@ def rope_frequencies(count: int, base: float, device: torch.device) -> Tensor:
     return base ** (-torch.arange(count, device=device, dtype=torch.float32) / count)
 
 
+def rotation(angles: Tensor) -> Tensor:
+    """Cosines and sines [2, T, hd/2] of angles [T, hd/2]."""
+    return torch.stack([angles.cos(), angles.sin()])
+
+
 def text_rope(positions: Tensor, head_dim: int, base: float) -> Tensor:
-    """Angles of the 1-D RoPE: positions [T] -> [T, hd/2] fp32."""
-    return positions[:, None] * rope_frequencies(head_dim // 2, base, positions.device)
+    """Rotation of the 1-D RoPE: positions [T] -> [2, T, hd/2] fp32."""
+    return rotation(positions[:, None] * rope_frequencies(head_dim // 2, base, positions.device))
 
 
 def image_rope(rows: int, columns: int, head_dim: int, base: float, device: torch.device) -> Tensor:
-    """Angles of the 2-D RoPE, tokens row by row: [rows*columns, hd/2] fp32; first hd/4 by row, next hd/4 by column."""
+    """Rotation of the 2-D RoPE, tokens row by row: [2, rows*columns, hd/2] fp32; first hd/4 by row, next by column."""
     frequencies = rope_frequencies(head_dim // 4, base, device)
     by_row = torch.arange(rows, device=device)[:, None, None] * frequencies
     by_column = torch.arange(columns, device=device)[None, :, None] * frequencies
     shape = (rows, columns, head_dim // 4)
-    return torch.cat([by_row.expand(shape), by_column.expand(shape)], -1).flatten(0, 1)
+    return rotation(torch.cat([by_row.expand(shape), by_column.expand(shape)], -1).flatten(0, 1))
 
 
-def qk_norm_rope(x: Tensor, weight: Tensor, angles: Tensor | None, eps: float) -> Tensor:
+def qk_norm_rope(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float) -> Tensor:
     """RMSNorm over the head dim, then rotation of the pairs (i, i + hd/2); fp32 inside, one rounding.
 
-    x: [..., T, heads, hd]; weight: broadcastable to x; angles: [T, hd/2], or None for no rotation.
+    x: [..., T, heads, hd]; weight: broadcastable to x; rope: cosines and sines [2, T, hd/2], or None for no
+    rotation.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     y = F.rms_norm(x.to(wide), (x.shape[-1],), eps=eps) * weight
-    if angles is not None:
-        cos, sin = angles.cos()[:, None].to(wide), angles.sin()[:, None].to(wide)  # [T, 1, hd/2]
+    if rope is not None:
+        cos, sin = rope[:, :, None].to(wide).unbind()  # [T, 1, hd/2]
         a, b = y.chunk(2, -1)
         y = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
     return y.to(x.dtype)
@@ -60,13 +66,13 @@ class SelfAttention(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(head_dim))
         self.k_norm = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """x [B, N, H], angles [N, hd/2] -> [B, N, H]."""
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """x [B, N, H], rope [2, N, hd/2] -> [B, N, H]."""
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))  # [B, N, Hq, hd]
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))  # [B, N, Hkv, hd]
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        q = qk_norm_rope(q, self.q_norm, angles, self.eps)
-        k = qk_norm_rope(k, self.k_norm, angles, self.eps)
+        q = qk_norm_rope(q, self.q_norm, rope, self.eps)
+        k = qk_norm_rope(k, self.k_norm, rope, self.eps)
         out = dense_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -139,17 +145,15 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(hidden, eps=eps)
         self.mlp = SwiGLU(hidden, inner)
 
-    def forward(
-        self, x: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int
-    ) -> Tensor:
-        """x [B, N, H], k and v [T, Hkv, hd] of this block, angles [N, hd/2], bounds as in `varlen_attention` -> x."""
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, rope: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
+        """x [B, N, H], k and v [T, Hkv, hd] of this block, rope [2, N, hd/2], bounds as in `varlen_attention` -> x."""
         recompute = CHECKPOINTING[self.checkpointing]
         if recompute is None or not torch.is_grad_enabled():
-            return self.run(x, k, v, angles, cu_q, cu_k, max_k)
-        return recompute(self.run, x, k, v, angles, cu_q, cu_k, max_k)
+            return self.run(x, k, v, rope, cu_q, cu_k, max_k)
+        return recompute(self.run, x, k, v, rope, cu_q, cu_k, max_k)
 
-    def run(self, x: Tensor, k: Tensor, v: Tensor, angles: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
+    def run(self, x: Tensor, k: Tensor, v: Tensor, rope: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
         """The block itself."""
-        x = x + self.self_attn(self.norm1(x), angles)
+        x = x + self.self_attn(self.norm1(x), rope)
         x = x + self.cross_attn(x, k, v, cu_q, cu_k, max_k)
         return x + self.mlp(self.norm2(x))

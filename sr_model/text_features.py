@@ -109,10 +109,6 @@ class TextFeatures:
             self.stacked.clone(), self.lengths, self.layer_ids, (self.mean.clone(), self.rstd.clone())
         )
 
-    def repeat_interleave(self, repeats: int) -> TextFeatures:
-        """Every prompt `repeats` times in a row."""
-        return self if repeats == 1 else TextFeatures.cat([p for p in self.split() for _ in range(repeats)])
-
     def double(self) -> TextFeatures:
         """The same features in fp64 with fp64 statistics: for reference runs."""
         return TextFeatures.pack(self.stacked.double(), self.lengths, self.layer_ids)
@@ -154,10 +150,26 @@ class TextFeatures:
 class TextKV:
     """Keys and values of every block's cross-attention: all a block sees of the text.
 
-    k, v: [D, T, Hkv, hd] (k after its norm and RoPE); cu_seqlens: [B+1] int32; max_len: longest prompt.
+    k, v: [D, T, Hkv, hd] (k after its norm and RoPE); cu_seqlens: [B+1] int32; cu_seqlens_host: the same as integers.
     """
 
     k: Tensor
     v: Tensor
     cu_seqlens: Tensor
-    max_len: int
+    cu_seqlens_host: tuple[int, ...]
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(b - a for a, b in itertools.pairwise(self.cu_seqlens_host))
+
+    def take(self, prompts: Sequence[int]) -> TextKV:
+        """The keys and values of `prompts`, by their places in this batch; any number of times, in any order."""
+        if tuple(prompts) == tuple(range(len(self.cu_seqlens_host) - 1)):
+            return self
+        spans = [self.cu_seqlens_host[i : i + 2] for i in prompts]
+        bounds = (0, *itertools.accumulate(b - a for a, b in spans))
+        places, device = [t for a, b in spans for t in range(a, b)], self.k.device
+        rows = torch.tensor(places).to(device, non_blocking=True)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
+        return TextKV(self.k.index_select(1, rows), self.v.index_select(1, rows), cu_seqlens, bounds)

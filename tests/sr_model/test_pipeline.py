@@ -1,5 +1,7 @@
 """Sampling: analytic trajectories, guidance, saving and loading, refusals."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -122,3 +124,46 @@ def test_saved_and_loaded_it_draws_the_same(pipeline, tmp_path, capsys):
 def test_bad_arguments_are_named(pipeline, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipeline()(**{"prompt": "red", **arguments})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_kept_keys_and_values_draw_what_fresh_ones_draw(pipeline, strategy):
+    """In fp64, a prompt asked for twice and a shared negative one: each is projected once, or once a step."""
+    pipe = pipeline(strategy)
+    pipe.transformer = torch.nn.Module.to(pipe.transformer, torch.float64)
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder).double()
+    pictures, calls, condition = {}, [], pipe.transformer.condition
+
+    def spy(text, gate_time, times=1):
+        calls.append(text.batch)
+        return condition(text, gate_time, times)
+
+    pipe.transformer.condition = spy
+    for keep, fold in ((True, None), (False, False), (False, True)):
+        pipe.cache_text_kv, pipe.transformer.conditioner.fold = keep, fold
+        calls.clear()
+        pictures[keep, fold] = pipe(
+            ["red", "two", "red"],
+            num_inference_steps=4,
+            num_images_per_prompt=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        kept = keep and strategy in ("b1", "b2", "b3", "s2")
+        assert calls == [3] * (1 if kept else 4)  # the empty prompt, "red" and "two"
+    first, *others = pictures.values()
+    for other in others:
+        assert (other - first).norm() <= 1e-6 * first.norm()  # the sampler keeps x in fp32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("strategy", ["s2", "s3"])
+def test_a_replayed_graph_draws_what_the_eager_step_draws(pipeline, strategy):
+    pipe, pictures = pipeline(strategy), []
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)  # the other tests' stays on the CPU
+    pipe.to("cuda", torch.bfloat16)
+    for pipe.cuda_graphs in (False, True):
+        out = pipe(["red", "two"], num_inference_steps=5, latents=torch.ones(2, 3, 8, 8), output_type="latent")
+        pictures.append(out.images)
+    assert torch.equal(*pictures)  # the same kernels

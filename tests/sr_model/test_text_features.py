@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sr_model import TextFeatures
+from sr_model import TextFeatures, TextKV
 
 
 @settings(max_examples=20, deadline=None)
@@ -31,14 +31,11 @@ def test_padding_on_either_side_is_dropped(lengths, left, layers):
     assert torch.allclose(text.mean, text.hidden.mean(-1), atol=1e-6)
 
 
-def test_split_cat_and_repeat_keep_values_and_statistics():
+def test_split_and_cat_keep_values_and_statistics():
     text = TextFeatures.pack(torch.randn(3, 6, 4), [2, 4])
     again = TextFeatures.cat(text.split())
     assert torch.equal(again.hidden, text.hidden)
     assert torch.equal(again.rstd, text.rstd)
-    twice = text.repeat_interleave(2)
-    assert twice.lengths == [2, 2, 4, 4]
-    assert torch.equal(twice.hidden[:, 2:4], text.hidden[:, :2])
 
 
 def test_select_finds_layers_by_their_ids():
@@ -61,3 +58,15 @@ def test_refusals():
         TextFeatures.pack(hidden, [5], layer_ids=(1,))
     with pytest.raises(ValueError, match=r"wanted \[L, B, N, C\] and \[B, N\]"):
         TextFeatures.from_padded(hidden, torch.ones(2, 5))
+
+
+def test_taking_prompts_gathers_their_keys_and_values():
+    k, v = torch.randn(2, 6, 1, 4), torch.randn(2, 6, 1, 4)
+    kv = TextKV(k, v, torch.tensor([0, 2, 6], dtype=torch.int32), (0, 2, 6))
+    taken = kv.take([1, 0, 1])
+    assert taken.cu_seqlens_host == (0, 4, 6, 10)
+    assert taken.cu_seqlens.tolist() == [0, 4, 6, 10]
+    assert taken.max_len == 4
+    for before, after in ((k, taken.k), (v, taken.v)):
+        assert torch.equal(after, torch.cat([before[:, 2:], before[:, :2], before[:, 2:]], 1))
+    assert kv.take([0, 1]) is kv
