@@ -120,7 +120,15 @@ def kernel_table(result: dict[str, Any]) -> str:
         "ahead of the best",
         "peak memory",
     )
-    return f"{table(head, rows)}\n\n{source(result)}"
+    dispatch = [
+        (f"`route` of a {row['contender']}", f"{row['us']:.1f}", f"{row['bare_us']:.1f}", f"{row['over_us']:.1f}")
+        for row in result["results"]
+        if row["op"] == "dispatch"
+    ]
+    tables = [table(head, rows)]
+    if dispatch:
+        tables.append(table(("a call on a tiny input", "us", "bare kernel, us", "over it, us"), dispatch))
+    return "\n\n".join([*tables, source(result)])
 
 
 def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:

@@ -31,10 +31,14 @@ def same_device(reference: str, device: torch.device, **tensors: torch.Tensor | 
             fail(name, f"device {device} (that of {reference})", value.device)
 
 
-def cu_seqlens(argument: str, value: torch.Tensor, total: int) -> None:
+def cu_seqlens(
+    argument: str, value: torch.Tensor, total: int, *, longest: tuple[str, int] | None = None, shortest: int = 0
+) -> None:
     """Check a cumulative-length vector [B+1], int32. The values themselves are read on the CPU only.
 
-    Raises: ValueError when it does not start at 0, decreases, or does not end at `total`.
+    longest: the argument that states the longest sequence, and its value. shortest: tokens a sequence must have.
+
+    Raises: ValueError when it does not start at 0, decreases, does not end at `total`, or breaks one of the limits.
     """
     tensor(argument, value, ndim=1, dtypes=(torch.int32,))
     if value.numel() < 2:
@@ -44,5 +48,14 @@ def cu_seqlens(argument: str, value: torch.Tensor, total: int) -> None:
     values = value.tolist()
     if values[0] != 0 or values[-1] != total:
         fail(argument, f"to run from 0 to {total}", f"{values[0]} to {values[-1]}")
-    if any(b < a for a, b in itertools.pairwise(values)):
+    lengths = [b - a for a, b in itertools.pairwise(values)]
+    if min(lengths) < 0:
         fail(argument, "non-decreasing values", values)
+    if min(lengths) < shortest:
+        fail(
+            argument,
+            f"at least {shortest} in every sequence",
+            f"{min(lengths)} in sequence {lengths.index(min(lengths))}",
+        )
+    if longest is not None and longest[1] < max(lengths):
+        fail(longest[0], f"at least {max(lengths)}, the longest sequence", longest[1])

@@ -21,8 +21,11 @@ LIBRARY = torch.library.Library("sr_kernels", "FRAGMENT")
 
 
 def backend_for(device: torch.device, requested: str | None = None, dtype: torch.dtype = torch.float32) -> str:
-    """Name of the routing backend that runs on `device`; see `sr_kernels.backends.choose` for the errors."""
-    return _chosen(device.type, requested, os.environ.get(VARIABLE), dtype)
+    """Name of the routing backend that runs on `device`; see `sr_kernels.backends.choose` for the errors.
+
+    The environment variable is read when a kind of device and dtype is first seen.
+    """
+    return _chosen(device.type, requested, dtype)
 
 
 @torch.compiler.assume_constant_result  # a compiled graph keeps its backend; the tracer must not follow a build
@@ -36,14 +39,14 @@ def _chosen(*asked: Any) -> str:
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 
-def _choose(device: str, requested: str | None, variable: str | None, dtype: torch.dtype) -> str:
+def _choose(device: str, requested: str | None, dtype: torch.dtype) -> str:
     usable: dict[str, backends.Reason] = {"reference": None}
     if device != "cpu":
         usable["native"] = f"it is for the CPU, not {device}"
     elif dtype not in native.DTYPES:
         usable["native"] = f"it has no kernel for {dtype}"
     else:
-        asked = requested or variable
+        asked = requested or os.environ.get(VARIABLE)
         usable = {"native": native.why_not if asked else native.why_not_with_warning, **usable}
     triton = "it has no fp64 kernel" if dtype == torch.float64 else _triton_reason(device)
     usable = {"triton": triton, **usable} if device == "cuda" else {**usable, "triton": triton}
@@ -69,25 +72,39 @@ def _check_hidden(hidden: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if not layers:
             checks.fail("hidden", "at least one layer", "an empty sequence")
         checks.tensor("hidden[0]", layers[0], ndim=2)
-        shape, dtype, device = layers[0].shape, layers[0].dtype, layers[0].device
-        for i, layer in enumerate(layers):
-            if isinstance(layer, Tensor) and layer.shape == shape and layer.dtype is dtype and layer.device == device:
-                continue
-            checks.tensor(f"hidden[{i}]", layer, ndim=2)
-            checks.same_device("hidden[0]", device, **{f"hidden[{i}]": layer})
-            wanted = f"shape {list(shape)} and {dtype} (those of hidden[0])"
-            checks.fail(f"hidden[{i}]", wanted, f"{list(layer.shape)} and {layer.dtype}")
+        _check_alike(layers)
     if 0 in layers[0].shape:
         checks.fail("hidden", "no empty dimension", f"shape {list(layers[0].shape)}")
-    for i, layer in enumerate(layers):
-        if layer.stride(-1) != 1:
-            checks.fail(f"hidden[{i}]", "a last dimension of stride 1", f"strides {layer.stride()}")
-    if torch.is_grad_enabled() and any(layer.requires_grad for layer in layers):
+    if not all(map(Tensor.is_contiguous, layers)):
+        for i, layer in enumerate(layers):
+            if layer.stride(-1) != 1:
+                checks.fail(f"hidden[{i}]", "a last dimension of stride 1", f"strides {layer.stride()}")
+    if torch.is_grad_enabled() and True in [layer.requires_grad for layer in layers]:
         raise ValueError(
             "hidden: the LLM is frozen, so hidden must not require grad; detach it, or use "
             "sr_kernels.routing.reference.route, which differentiates through it"
         )
     return layers
+
+
+def _check_alike(layers: list[Tensor]) -> None:
+    """Refuse layers that differ from the first; 36 turns of a loop would cost more than a launch."""
+    shape, dtype, device, n = layers[0].shape, layers[0].dtype, layers[0].device, len(layers)
+    try:
+        if (
+            [layer.shape for layer in layers].count(shape) == n
+            and [layer.dtype for layer in layers].count(dtype) == n
+            and [layer.device for layer in layers].count(device) == n
+        ):
+            return
+    except AttributeError:
+        pass  # not a tensor: named below
+    for i, layer in enumerate(layers):
+        checks.tensor(f"hidden[{i}]", layer, ndim=2)
+        checks.same_device("hidden[0]", device, **{f"hidden[{i}]": layer})
+        if layer.shape != shape or layer.dtype != dtype:
+            wanted = f"shape {list(shape)} and {dtype} (those of hidden[0])"
+            checks.fail(f"hidden[{i}]", wanted, f"{list(layer.shape)} and {layer.dtype}")
 
 
 def _unlist(layers: list[Tensor]) -> Tensor | list[Tensor]:
@@ -238,7 +255,8 @@ def layer_stats(hidden: Tensor | Sequence[Tensor], *, backend: str | None = None
         hidden: [L, T, C], or a sequence of L tensors [T, C]; fp32, fp16, bf16 (or fp64).
         backend: "triton" (CUDA), "native" (CPU) or "reference"; default by device.
 
-    Returns: (mean, rstd), each [L, T], fp32 (fp64 for fp64 input): exact two-pass variance, eps 1e-5 (eq. 2).
+    Returns: (mean, rstd), each [L, T], fp32 (fp64 for fp64 input), eps 1e-5 (eq. 2). The variance is the corrected
+    two-pass form; `native` takes one pass over rows whose mean is within two deviations, to the same rounding.
 
     Raises: ValueError or TypeError naming the argument, from metadata alone.
     """
@@ -291,14 +309,17 @@ def route(
         elif cu_seqlens.numel() != weights.shape[0] + 1:
             checks.fail("cu_seqlens", f"{weights.shape[0] + 1} entries (weights has B={weights.shape[0]})",
                         f"{cu_seqlens.numel()}")  # fmt: skip
-    checks.same_device("hidden", layers[0].device, weights=weights, cu_seqlens=cu_seqlens)
+    device = layers[0].device
+    checks.same_device("hidden", device, weights=weights, cu_seqlens=cu_seqlens)
     if stats is not None:
-        for name, value in zip(("stats[0] (mean)", "stats[1] (rstd)"), stats, strict=True):
-            checks.tensor(name, value, ndim=2, dtypes=(wide,))
-            if tuple(value.shape) != (n_layers, tokens):
+        fitting = (n_layers, tokens), wide, device
+        for i, value in enumerate(stats):
+            if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != fitting:
+                name = ("stats[0] (mean)", "stats[1] (rstd)")[i]
+                checks.tensor(name, value, ndim=2, dtypes=(wide,))
+                checks.same_device("hidden", device, **{name: value})
                 checks.fail(name, f"shape [{n_layers}, {tokens}]", list(value.shape))
-            checks.same_device("hidden", layers[0].device, **{name: value})
-    chosen = backend_for(layers[0].device, backend, layers[0].dtype)
+    chosen = backend_for(device, backend, layers[0].dtype)
     if weights.requires_grad and torch.is_grad_enabled():
         out, squares = _Route.apply(weights, layers, stats, cu_seqlens, return_sumsq, chosen)
     else:  # autograd would cost more than the checks

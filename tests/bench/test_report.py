@@ -26,7 +26,11 @@ def test_a_kernel_row_compares_with_the_best_of_plain_torch():
                 "gb_per_s": 10.0, "percent_of_copy": 50.0, **more}  # fmt: skip
 
     rows = [row("native", 2.0, peak_percent=0.5), row("eager", 9.0), row("layernorm", 7.0)]
-    line = report.kernel_table({**HEADER, "results": rows}).splitlines()[2]
+    rows.append({"name": "test_dispatch[tensor]", "op": "dispatch", "contender": "tensor", "us": 9.0, "bare_us": 5.5,
+                 "over_us": 3.5})  # fmt: skip
+    lines = report.kernel_table({**HEADER, "results": rows}).splitlines()
+    assert "| `route` of a tensor | 9.0 | 5.5 | 3.5 |" in lines
+    line = lines[2]
     assert line == ("| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 9.0 / - / 7.0 | 3.5 x (layernorm) | 0.50% |")
 
 

@@ -54,9 +54,13 @@ def test_ragged_batches_match_fp64(lengths, groups, kv_heads, head_dim, causal):
     compare(lengths_q, [n + more for n, more in lengths], groups * kv_heads, kv_heads, head_dim, causal)
 
 
-@pytest.mark.parametrize("queries", [64, 256])
-def test_the_models_geometry(queries):
-    compare([queries] * 3, [1, 512, 37], 32, 8, 128, False)
+@pytest.mark.parametrize(("queries", "keys"), [(64, [1, 512, 37]), (256, [1, 512, 37]), (1024, [77, 1])])
+def test_the_models_geometry(queries, keys):
+    compare([queries] * len(keys), keys, 32, 8, 128, False)
+
+
+def test_the_packed_llms_geometry():
+    compare([130, 1, 57], [130, 1, 57], 32, 8, 128, True)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -100,7 +104,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"cu_seqlens_k": bounds([5, 0])}, "at least one key in every sequence, got none in sequence 1"),
+        ({"cu_seqlens_k": bounds([5, 0])}, "cu_seqlens_k: wanted at least 1 in every sequence, got 0 in sequence 1"),
         ({"cu_seqlens_k": bounds([3, 3])}, "cu_seqlens_k: wanted to run from 0 to 5"),
         ({"cu_seqlens_k": bounds([5])}, "cu_seqlens_k: wanted 3 entries"),
         ({"max_k": 2}, "max_k: wanted at least 3"),
@@ -117,22 +121,26 @@ def test_bad_arguments_are_named(arguments, message):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"),
+    [([256] * 4, [1, 512, 300, 37], False), ([1024] * 2, [512, 129], False), ([512, 1, 200], [512, 1, 200], True)],
+)
 @pytest.mark.parametrize("backend", ["flash", "torch", "sdpa"])
-def test_gpu_backends_match_fp64(backend, causal):
+def test_gpu_backends_match_fp64(backend, queries, keys, causal):
     reason = op.usable("cuda", torch.bfloat16)[backend]
     if reason:
         pytest.skip(reason)
-    lengths_q, lengths_k = [256, 256, 256], [256, 512, 300]
     g = torch.Generator().manual_seed(0)
-    q, grad = (torch.randn(768, 32, 128, generator=g).bfloat16() for _ in range(2))
-    k, v = (torch.randn(sum(lengths_k), 8, 128, generator=g).bfloat16() for _ in range(2))
-    cu_q, cu_k = bounds(lengths_q), bounds(lengths_k)
+    q, grad = (torch.randn(sum(queries), 32, 128, generator=g).bfloat16() for _ in range(2))
+    k, v = (torch.randn(sum(keys), 8, 128, generator=g).bfloat16() for _ in range(2))
+    cu_q, cu_k = bounds(queries), bounds(keys)
     exact = run(
         lambda *a: reference.varlen_attention(*a, cu_q, cu_k, causal=causal), *(x.double() for x in (q, k, v, grad))
     )
     got = run(
-        lambda *a: varlen_attention(*a, cu_q.cuda(), cu_k.cuda(), 256, 512, causal=causal, backend=backend),
+        lambda *a: varlen_attention(
+            *a, cu_q.cuda(), cu_k.cuda(), max(queries), max(keys), causal=causal, backend=backend
+        ),
         *(x.cuda() for x in (q, k, v, grad)),
     )
     for x, y in zip(got, exact, strict=True):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sr_kernels import layer_stats, route
-from sr_kernels.routing import reference
+from sr_kernels.routing import op, reference
 
 
 def exact_norm(hidden):
@@ -147,6 +147,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_environment_chooses_the_backend(monkeypatch):
+    monkeypatch.setattr(op, "_CHOSEN", {})
     monkeypatch.setenv("SR_KERNELS_BACKEND", "nonsense")
     with pytest.raises(ValueError, match=r"SR_KERNELS_BACKEND: wanted one of .*, got 'nonsense'"):
         route(H, W)
