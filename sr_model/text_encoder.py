@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from sr_kernels import varlen_attention
+from sr_kernels import layer_stats, varlen_attention
 from sr_model.text_features import TextFeatures
 
 ATTENTION = "sr_varlen"  # our name in transformers' attention registry
@@ -121,7 +121,7 @@ class TextEncoder:
         if not self.cache_bytes:
             return self.encode_tokens(tokens)
         # One at a time: a prompt's bits must not depend on its neighbours, or a resumed run would differ from this one.
-        fresh = {row: self.encode_tokens([row]) for row in dict.fromkeys(tokens) if row not in self._cache}
+        fresh = {row: self.encode_tokens([row]).clone() for row in dict.fromkeys(tokens) if row not in self._cache}
         batch = []
         for row in tokens:
             if row in self._cache:
@@ -132,7 +132,7 @@ class TextEncoder:
         return TextFeatures.cat(batch)
 
     def _keep(self, row: tuple[int, ...], features: TextFeatures) -> None:
-        self._cache[row] = features.clone()
+        self._cache[row] = features
         self._cached_bytes += features.nbytes
         while self._cached_bytes > self.cache_bytes:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
@@ -145,11 +145,13 @@ class TextEncoder:
         flat = torch.tensor([i for row in tokens for i in row], device=device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-        kept: dict[int, Tensor] = {}
+        kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # hidden state, mean, rstd
 
         def keep(layer: int) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                kept[layer] = (output[0] if isinstance(output, tuple) else output)[0]  # [T, C]
+                hidden = (output[0] if isinstance(output, tuple) else output)[0]  # [T, C], the layer's own memory
+                mean, rstd = layer_stats([hidden])  # now, while a GPU's cache still holds it
+                kept[layer] = hidden, mean[0], rstd[0]
 
             return hook
 
@@ -175,4 +177,5 @@ class TextEncoder:
             for handle in handles:
                 handle.remove()
         self.encoded += len(tokens)
-        return TextFeatures.pack(tuple(kept[i] for i in self.layer_ids), lengths, self.layer_ids)
+        hidden, means, rstds = zip(*(kept[i] for i in self.layer_ids), strict=True)
+        return TextFeatures.pack(hidden, lengths, self.layer_ids, (torch.stack(means), torch.stack(rstds)))

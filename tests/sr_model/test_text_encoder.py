@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLModel
 
+from sr_kernels import layer_stats
 from sr_model import TextEncoder
 
 PROMPTS = ["a red circle", "the big blue square on the left of a small green triangle", "two"]
@@ -41,6 +42,19 @@ def test_qwen3_vl_language_model(tokenizer):
     expected = padded_hidden_states(llm.language_model, tokenizer, PROMPTS)
     text = TextEncoder(llm, tokenizer, cache_bytes=0).encode(PROMPTS)
     assert ((text.stacked - expected).norm() / expected.norm()).item() < 2e-6
+
+
+def test_layers_are_kept_where_they_were_computed(llm, tokenizer):
+    """No layer is stored twice, and the statistics are those of what is kept."""
+    outputs = []
+    handles = [m.register_forward_hook(lambda *a: outputs.append(a[2])) for m in (*llm.layers[:-1], llm.norm)]
+    text = TextEncoder(llm, tokenizer, cache_bytes=0).encode(PROMPTS)
+    for handle in handles:
+        handle.remove()
+    places = [(out[0] if isinstance(out, tuple) else out).data_ptr() for out in outputs]
+    assert [layer.data_ptr() for layer in text.hidden] == places
+    for mine, whole in zip((text.mean, text.rstd), layer_stats(text.stacked), strict=True):
+        assert torch.equal(mine, whole)
 
 
 def test_only_the_layers_asked_for_are_run(llm, tokenizer):
