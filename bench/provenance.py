@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -24,6 +25,12 @@ def device_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def result_path(name: str) -> Path:
+    """Where a benchmark's result is kept: one file a device."""
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", f"{name} {device_name()}".lower()) + ".json")
+
+
 def header() -> dict[str, Any]:
     """What a result must carry to be read later."""
     root = Path(__file__).parents[1]
@@ -36,6 +43,6 @@ def header() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "commit": git.stdout.strip(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

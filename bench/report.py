@@ -131,6 +131,81 @@ def kernel_table(result: dict[str, Any]) -> str:
     return "\n\n".join([*tables, source(result)])
 
 
+def overhead_results() -> list[dict[str, Any]]:
+    """The overhead benchmark of every device."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("overhead-*.json"))]
+
+
+def over(row: dict[str, Any]) -> str:
+    """A ratio as a difference in percent, with its quartiles."""
+    low, high = (100 * (q - 1) for q in row["over_base_quartiles"])
+    return f"{100 * (row['over_base'] - 1):+.1f}% ({low:+.1f} to {high:+.1f})"
+
+
+def counted_table(result: dict[str, Any]) -> str:
+    """Table 4's counts at full size: the paper's numbers, ours by its accounting, and what our code computes."""
+    rows = []
+    for strategy, (parameters, tflop, _) in result["paper"].items():
+        mine = result["full_size"].get(strategy)
+        if mine is None:
+            continue
+        ours = {int(n): sum(parts) / 1e12 for n, parts in mine["flops"].items()}
+        base = {int(n): sum(parts) / 1e12 for n, parts in result["full_size"]["b1"]["flops"].items()}
+        rows.append(
+            (
+                strategy,
+                f"{parameters} / {mine['parameters'] / 1e6:.1f}",
+                f"{tflop} / {mine['paper_flops'] / 1e12:.1f}",
+                *(f"{ours[n]:.1f} ({100 * (ours[n] / base[n] - 1):+.2f}%)" for n in ours),
+            )
+        )
+    lengths = result["full_size"]["b1"]["flops"]
+    ours = (f"TFLOP, our code, {n}-token prompt (over b1)" for n in lengths)
+    return table(("strategy", "parameters, M: paper / ours", "TFLOP, its accounting: paper / ours", *ours), rows)
+
+
+def overhead_table(result: dict[str, Any]) -> str:
+    """Measured latency of every strategy over b1."""
+    lengths = list(dict.fromkeys(row["tokens"] for row in result["rows"]))
+    by = {(row["strategy"], row["tokens"]): row for row in result["rows"]}
+    rows = []
+    for strategy in dict.fromkeys(row["strategy"] for row in result["rows"]):
+        paper = result["paper"][strategy][2] / result["paper"]["b1"][2]
+        cells = [f"{by[strategy, n]['seconds'] * 1e3:.0f} ms, {over(by[strategy, n])}" for n in lengths]
+        peaks = [by[strategy, n]["peak_bytes"] for n in lengths]
+        cells += ["-" if peaks[-1] is None else f"{peaks[-1] / 2**20:.0f} MiB"]
+        rows.append((strategy, *cells, f"{100 * (paper - 1):+.1f}%"))
+    head = (
+        "strategy",
+        *(f"{n}-token prompt, over b1 (quartiles)" for n in lengths),
+        "peak memory",
+        "the paper, over b1",
+    )
+    return f"{table(head, rows)}\n\n{overhead_note(result)}"
+
+
+def factor_table(result: dict[str, Any]) -> str:
+    """How much faster than the plain path, factor by factor, with what the FLOPs say."""
+    rows = []
+    for strategy in dict.fromkeys(row["strategy"] for row in result["factors"]):
+        mine = [row for row in result["factors"] if row["strategy"] == strategy]
+        plain = mine[0]
+        cells = (f"{1 / r['over_base']:.2f} ({plain['flops'] / r['flops']:.2f})" for r in mine[1:])
+        rows.append((strategy, f"{plain['seconds'] * 1e3:.0f} ms", *cells))
+    names = [f"+ {row['factor']}" for row in result["factors"] if row["strategy"] == rows[0][0]][1:] if rows else []
+    first = result["factors"][0]
+    lead = (
+        f"Times as fast as the plain path, each factor added to those before it, measured and (by the FLOPs); "
+        f"{first['tokens']}-token prompt, padded to {first['padded_to']} there:"
+    )
+    return f"{lead}\n\n{table(('strategy', 'plain', *names), rows)}"
+
+
+def overhead_note(result: dict[str, Any]) -> str:
+    """What was drawn, on what."""
+    return f"{result['setting']} size, {result['image_tokens']} image tokens, {result['steps']} steps; {source(result)}"
+
+
 def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
     """A PNG: achieved arithmetic over arithmetic intensity, with each device's measured copy bandwidth as the roof."""
     import matplotlib
@@ -167,6 +242,9 @@ def sections() -> dict[str, str]:
         found["demo"] = demo_table(json.loads((RESULTS / "demo.json").read_text()))
     if kernels := kernel_results():
         found["kernels"] = "\n\n".join(kernel_table(result) for result in kernels)
+    if overhead := overhead_results():
+        measured = [[overhead_table(r), *([factor_table(r)] if r["factors"] else [])] for r in overhead]
+        found["overhead"] = "\n\n".join([counted_table(overhead[0]), *(part for parts in measured for part in parts)])
     return found
 
 
