@@ -33,7 +33,7 @@ class Conditioner(nn.Module):
 
     def __init__(self, depth: int, text_dim: int, kv_heads: int, head_dim: int, rope_base: float | None, eps: float):
         super().__init__()
-        self.kv_heads, self.head_dim, self.rope_base, self.eps = kv_heads, head_dim, rope_base, eps
+        self.depth, self.kv_heads, self.head_dim, self.rope_base, self.eps = depth, kv_heads, head_dim, rope_base, eps
         self.norm = nn.RMSNorm(text_dim, eps=eps)
         self.embed = nn.Linear(text_dim, text_dim)
         self.kv_weight = nn.Parameter(torch.empty(depth, 2 * kv_heads * head_dim, text_dim))  # keys, then values
@@ -51,8 +51,7 @@ class Conditioner(nn.Module):
         """
         if self.fold is not None:
             return self.fold
-        depth, width, _ = self.kv_weight.shape
-        return times * tokens * rows > depth * width
+        return times * tokens * rows > self.depth * 2 * self.kv_heads * self.head_dim
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """W_d W_e diag(g) [D, 2 Hkv hd, C] and W_d b_e [D, 2 Hkv hd] in the parameters' dtype."""

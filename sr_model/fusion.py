@@ -99,3 +99,12 @@ def build_fusion(strategy: str, depth: int, num_layers: int | None) -> nn.Module
         raise ValueError(f"text_layers: wanted the number of LLM layers for strategy {strategy!r}, got None")
     rows = depth if strategy in ("s2", "s3") else 1
     return (Static if strategy in ("b3", "s2") else TimeGate)(rows, num_layers)
+
+
+def centre_and_dispersion(alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the layer's place i / (L - 1) under weights alpha [..., L] (eq. 14-17): each [...] fp32."""
+    p = wide(alpha)
+    p = p / p.sum(-1, keepdim=True)
+    place = torch.linspace(0, 1, p.shape[-1], device=p.device, dtype=p.dtype)
+    centre = (p * place).sum(-1)
+    return centre, (p * (place - centre[..., None]).square()).sum(-1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from sr_kernels import layer_stats, varlen_attention
+from sr_model.flops import llm_products
 from sr_model.text_features import TextFeatures
 
 ATTENTION = "sr_varlen"  # our name in transformers' attention registry
@@ -90,6 +91,7 @@ class TextEncoder:
         self.template, self.max_tokens, self.cache_bytes = template, max_tokens, cache_bytes
         self.truncated = 0  # prompts cut at max_tokens so far
         self.encoded = 0  # prompts that went through the LLM so far
+        self.flops = 0  # and the floating-point operations that took
         self._cache: OrderedDict[tuple[int, ...], TextFeatures] = OrderedDict()
         self._cached_bytes = 0
 
@@ -177,5 +179,6 @@ class TextEncoder:
             for handle in handles:
                 handle.remove()
         self.encoded += len(tokens)
+        self.flops += 2 * llm_products(self.llm.config, max(self.layer_ids), lengths)
         hidden, means, rstds = zip(*(kept[i] for i in self.layer_ids), strict=True)
         return TextFeatures.pack(hidden, lengths, self.layer_ids, (torch.stack(means), torch.stack(rstds)))

@@ -78,6 +78,30 @@ def start() -> Ranks:
     return ranks
 
 
+# dense bf16 (the makers' data sheets, without sparsity), by what the device's name holds, the more exact names first
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989.4e12,
+    "H200": 989.4e12,
+    "GH200": 989.4e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a known GPU; None for any other device, which then has no MFU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 is the faster type there: any GPU since Ampere, and CPUs with bf16 dot products."""
     if device.type == "cuda":

@@ -18,6 +18,7 @@ from torch import Tensor
 from sr_model import DiT, SemanticRoutingPipeline, TextEncoder
 from sr_model.codec import PixelCodec, VaeCodec
 from sr_model.flow import interpolate, velocity
+from sr_model.fusion import centre_and_dispersion
 from train.config import Config, ConfigError
 from train.data import read_split
 from train.distributed import Ranks
@@ -169,6 +170,20 @@ class Evaluator:
             at = [i for i, p in enumerate(asked) if p.split == split]
             result[split] = score_batch([asked[i].scene for i in at], pixels[at])  # type: ignore[misc]
         return result
+
+
+@torch.no_grad()
+def fusion_row(model: DiT) -> dict[str, float]:
+    """Centre and dispersion of learned fusion weights (eq. 14-17); the mean over TIMES where they have a time."""
+    if model.config.strategy in ("b1", "b2"):
+        return {}  # they have nothing to learn
+    device = next(model.parameters()).device
+    alpha = model.fusion_weights(torch.tensor(TIMES, device=device))  # [1|9, 1|D, L]
+    centre, dispersion = (x.mean(0).tolist() for x in centre_and_dispersion(alpha))
+    names = [f"_block{d}" for d in range(len(centre))] if len(centre) > 1 else [""]
+    return {f"fusion_centre{n}": c for n, c in zip(names, centre, strict=True)} | {
+        f"fusion_dispersion{n}": v for n, v in zip(names, dispersion, strict=True)
+    }
 
 
 def score_table(result: dict[str, Any]) -> list[str]:

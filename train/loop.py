@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import yaml
 from torch import Tensor
 
 from sr_model import DiT
+from sr_model.flops import forward as forward_flops
 from sr_model.flow import interpolate, logit_normal_times, velocity
 from train import checkpoint
 from train.assemble import Parts, assemble
 from train.config import Config, ConfigError
-from train.distributed import Ranks, start
+from train.distributed import Ranks, peak_flops, start
 from train.draws import draw
-from train.evaluate import Evaluator, score_table
+from train.evaluate import Evaluator, fusion_row, score_table
 from train.pictures import loss_curve, sample_grid
 from train.runlog import PARTS, Clock, RunLog
 
@@ -28,14 +30,26 @@ class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite on some rank; the weights are those of the step before."""
 
 
-def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> tuple[float, int]:
-    """One optimiser step over its micro-batches: (mean loss over all ranks, text tokens of this rank).
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: the mean loss over all ranks; text tokens and FLOPs of this rank.
+
+    flops: of DiT and conditioner, forward and backward without recomputation, real tokens only.
+    """
+
+    loss: float
+    tokens: int
+    flops: int
+
+
+def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> Step:
+    """One optimiser step over its micro-batches.
 
     Raises: NonFiniteLoss on all ranks together, before the weights change.
     """
     config, ranks, engine = parts.config, parts.ranks, parts.engine
     micro_steps = engine.gradient_accumulation_steps()
-    losses, tokens = [], 0
+    losses, tokens, flops, dit = [], 0, 0, engine.module
     for micro_step in range(micro_steps):
         with clock.part("data"):
             images, captions = next(batches)
@@ -61,6 +75,8 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> tuple[
             t = t.to(ranks.device)
             v = engine(interpolate(data, noise, t).to(parts.dtype), t, text)
             loss = (v.float() - velocity(data, noise)).square().mean()
+            image_tokens = data[0, 0].numel() // dit.config.patch_size**2
+            flops += 3 * forward_flops(dit, image_tokens, text.lengths).total
             losses.append(loss.detach())
             if not all_finite(losses[-1], ranks):
                 raise NonFiniteLoss(f"loss: not finite at step {step + 1}; the weights of step {step} are untouched")
@@ -73,7 +89,7 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> tuple[
     if ranks.world > 1:
         torch.distributed.all_reduce(mean)
         mean /= ranks.world
-    return mean.item(), tokens
+    return Step(mean.item(), tokens, flops)
 
 
 def all_finite(value: Tensor, ranks: Ranks) -> bool:
@@ -132,10 +148,10 @@ def train(config: Config) -> int:
     spent = dict.fromkeys(PARTS, 0.0)
     seconds, paused = 0.0, 0.0  # of training; of validations and checkpoints since `began`
     while step < target:
-        loss, tokens = training_step(parts, step, batches, clock)
+        taken = training_step(parts, step, batches, clock)
         step += 1
-        window.append((loss, tokens))
-        first_losses.setdefault("loss", loss)
+        window.append(taken)
+        first_losses.setdefault("loss", taken.loss)
         log.advance(step)
         if step % config.log_every == 0 or step == target:
             elapsed = time.perf_counter() - began - paused
@@ -149,7 +165,7 @@ def train(config: Config) -> int:
         if (config.eval.every and step % config.eval.every == 0) or at_end:
             model = evaluator.model(parts.ema.full_state())
             losses = evaluator.validate(model)
-            log.write({"step": step, **losses})
+            log.write({"step": step, **losses, **fusion_row(model)})
             log.say(f"step {step}  validation loss {losses['val_loss']:.4f} (with averaged weights)")
             if ranks.first and not at_end:
                 draw_grid(evaluator, model, folder / "samples" / f"step-{step:07d}.png", log, step)
@@ -169,30 +185,35 @@ def train(config: Config) -> int:
 
 
 def report(
-    log: RunLog, parts: Parts, step: int, window: list[tuple[float, int]], elapsed: float, split: dict[str, float],
+    log: RunLog, parts: Parts, step: int, window: list[Step], elapsed: float, split: dict[str, float],
     samples: int,
 ) -> None:  # fmt: skip
     """The progress line and the row of the last `window` steps."""
     config = parts.config
-    loss = math.fsum(x for x, _ in window) / len(window)
+    loss = math.fsum(taken.loss for taken in window) / len(window)
     rate = samples / elapsed
     left = (config.steps - step) * elapsed / len(window)
     norm = parts.engine.get_global_grad_norm()
+    achieved, peak = sum(taken.flops for taken in window) / elapsed, peak_flops(parts.ranks.device)
     row = {
         "step": step,
         "loss": loss,
         "lr": parts.engine.get_lr()[0],
         "grad_norm": float(norm) if norm is not None else None,
         "images_per_s": rate,
-        "text_tokens_per_image": sum(t for _, t in window) * parts.ranks.world / samples,
+        "text_tokens_per_image": sum(taken.tokens for taken in window) * parts.ranks.world / samples,
         "truncated_captions": parts.encoder.truncated,
         "encoded_captions": parts.encoder.encoded,
         **{f"seconds_{part}": seconds / len(window) for part, seconds in split.items()},
+        "tflop_per_s": achieved / 1e12,  # of this rank; DiT and conditioner
+        "llm_tflop_total": parts.encoder.flops / 1e12,
+        **({} if peak is None else {"mfu": achieved / peak, "mfu_dit": achieved / peak * elapsed / split["dit"]}),
     }
     log.write(row)
     cut = f", {parts.encoder.truncated} captions cut" if parts.encoder.truncated else ""
+    mfu = "" if peak is None else f"MFU {100 * achieved / peak:.1f}%  "
     log.say(
-        f"step {step}/{config.steps}  loss {loss:.4f}  {rate:.1f} images/s  ETA {left / 60:.1f} min  "
+        f"step {step}/{config.steps}  loss {loss:.4f}  {rate:.1f} images/s  {mfu}ETA {left / 60:.1f} min  "
         f"data wait {100 * split['data'] / elapsed:.1f}%  llm {100 * split['llm'] / elapsed:.0f}%{cut}"
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sr_model import STRATEGIES, TextFeatures, build
-from sr_model.fusion import build_fusion, time_embedding
+from sr_model.fusion import build_fusion, centre_and_dispersion, time_embedding
 from tests.conftest import TINY, randomize
 from train.config import Strategy
 
@@ -67,3 +67,17 @@ def test_unknown_strategy_and_missing_layers_are_named():
 
 def test_the_training_flag_offers_the_models_strategies():
     assert Strategy.__args__ == STRATEGIES
+
+
+def test_centre_and_dispersion_of_known_weights():
+    uniform = torch.full((2, 36), 1 / 36)
+    centre, dispersion = centre_and_dispersion(uniform)
+    assert centre.tolist() == pytest.approx([0.5, 0.5])
+    assert dispersion.tolist() == pytest.approx([37 / 420] * 2)
+    ends = torch.zeros(36)
+    ends[[0, -1]] = 3.0  # not normalised: eq. 14 does it
+    centre, dispersion = centre_and_dispersion(ends)
+    assert (centre.item(), dispersion.item()) == pytest.approx((0.5, 0.25))
+    one = torch.nn.functional.one_hot(torch.tensor(7), 36).float()
+    centre, dispersion = centre_and_dispersion(one)
+    assert (centre.item(), dispersion.item()) == pytest.approx((7 / 35, 0.0))

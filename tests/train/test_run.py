@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sr_model import STRATEGIES, SemanticRoutingPipeline
+from sr_model import STRATEGIES, SemanticRoutingPipeline, build
+from sr_model.flops import forward as flops_of
+from tests.train.conftest import SIZES
+from train.distributed import peak_flops
 from train.run import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -157,3 +160,27 @@ def test_two_ranks_under_the_launcher_end_with_the_same_files(train, tiny_flags,
     assert names(together) == names(alone)
     assert set(losses(together)) == {1, 2, 3}
     assert math.isclose(validation(together)[0], validation(alone)[0], rel_tol=1e-6)
+
+
+def test_arithmetic_and_fusion_weights_are_logged(train):
+    rows = [json.loads(line) for line in (train("run", "--steps=2", "--strategy=s3") / "metrics.jsonl").open()]
+    steps = [row for row in rows if "loss" in row]
+    assert not any("mfu" in row for row in steps)  # a CPU has no peak to compare with
+    model = build("s3", "demo", "meta", text_dim=24, text_layers=4, **SIZES)
+    for row in steps:  # 8 pictures of 32 x 32 pixels; the counts are linear in the prompts' lengths
+        tokens, seconds = round(row["text_tokens_per_image"] * 8), 8 / row["images_per_s"]
+        flops = 3 * flops_of(model, (32 // model.config.patch_size) ** 2, [1] * 7 + [tokens - 7]).total
+        assert row["tflop_per_s"] * 1e12 * seconds == pytest.approx(flops, rel=1e-6)
+    assert steps[-1]["llm_tflop_total"] > 0
+    last = next(row for row in reversed(rows) if "val_loss" in row)
+    for d in range(model.config.depth):
+        assert last[f"fusion_centre_block{d}"] == pytest.approx(0.5, abs=0.05)  # two small steps from uniform weights
+        assert last[f"fusion_dispersion_block{d}"] == pytest.approx(5 / 36, abs=0.02)
+
+
+def test_a_gpu_is_known_by_its_name_or_has_no_peak(monkeypatch):
+    for name, peak in (("NVIDIA H200", 989.4e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 756e12),
+                       ("Somebody's Accelerator", None)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, n=name: n)
+        assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
