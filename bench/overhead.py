@@ -25,7 +25,7 @@ from bench import plain, provenance
 from bench.setting import PAPER, SETTINGS, Setting, dit, language_model, pipeline, prompt, tokenizer
 from sr_kernels.routing import op as routing
 from sr_model import STRATEGIES, DiT, SemanticRoutingPipeline, flops
-from sr_model.dit import parameter_count
+from sr_model.build import parameter_count
 
 GUIDANCE = 6.0
 # Table 4: parameters in millions, TFLOP and milliseconds of a 512x512 picture

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
 
 from sr_model.dit import DiT
+from sr_model.fusedit import FuseDiT, rope_theta
 from sr_model.fusion import STRATEGIES
 
 BLOCK_KEYS = {
@@ -78,6 +80,8 @@ def _strategy_of(state: Mapping[str, Tensor], strategy: str | None) -> str:
         shown = "s3"
     if strategy is not None and strategy not in STRATEGIES:
         raise ValueError(f"strategy: wanted one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy == "fusedit":
+        raise ValueError("strategy: the checkpoint has no dit.* and llm.* tensors, got 'fusedit'")
     if shown is None and strategy not in ("b1", "b2"):
         raise ValueError(f"strategy: the checkpoint has no fusion tensors, wanted 'b1' or 'b2', got {strategy!r}")
     if shown is not None and strategy not in (None, shown):
@@ -90,18 +94,25 @@ def load_authors_checkpoint(
     strategy: str | None = None,
     llm_config: Any = None,
     first_layer: int | None = None,
-) -> DiT:
-    """A DiT from a released checkpoint, on the CPU in the checkpoint's dtype.
+) -> DiT | FuseDiT:
+    """A DiT or FuseDiT from a released checkpoint, on the CPU in the checkpoint's dtype.
 
     Args:
         source: a state dict, or the path of a .safetensors or torch file or of a folder of shards.
         strategy: needed for b1 and b2, whose checkpoints hold no fusion tensors; else checked against the tensors.
-        llm_config: the LLM's transformers config; its number of layers is taken where the tensors do not tell (b1, b2).
-        first_layer: the first LLM layer whose keys and values are tapped; not for these six strategies.
+        llm_config: the LLM's transformers config. Needed for fusedit (RoPE base, eps, layers); its number of layers is
+            taken where the tensors do not tell (b1, b2).
+        first_layer: the LLM layer, from 0, that block 0 taps; for fusedit alone, default as in `FuseDiT`. The language
+            model in such a checkpoint is read by `load_authors_llm`.
 
     Raises: ValueError naming the key or argument that is missing, unknown, or of the wrong size.
     """
     state = read_state(source)
+    if "dit.patch_embed.proj.weight" in state:
+        if strategy not in (None, "fusedit"):
+            raise ValueError(f"strategy: the checkpoint's tensors are those of 'fusedit', got {strategy!r}")
+        inner = {key.removeprefix("dit."): value for key, value in state.items() if not key.startswith("llm.")}
+        return _fusedit(inner, llm_config, first_layer)
     if "patch_embed.proj.weight" not in state or "layers.0.self_attn.q_proj.weight" not in state:
         raise ValueError(
             "source: not in the authors' released format (no patch_embed.proj.weight and layers.0.* tensors); "
@@ -166,12 +177,74 @@ def load_authors_checkpoint(
     elif strategy in ("s1", "s3"):
         prefix = "text_fusion_module" if strategy == "s1" else "text_fusion_modules"
         ours |= {f"fusion.{name}": value for name, value in gates(prefix).items()}
-    if state:
-        raise ValueError(f"source: {len(state)} unknown tensors, the first named {min(state)!r}")
+    _assign(model, ours, state)
+    return model
+
+
+def _assign(model: nn.Module, ours: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> None:
+    """Give a model on the meta device its tensors. Raises: ValueError for a leftover tensor or another size."""
+    if rest:
+        raise ValueError(f"source: {len(rest)} unknown tensors, the first named {min(rest)!r}")
     for name, parameter in model.named_parameters():
         if ours[name].shape != parameter.shape:
             raise ValueError(
                 f"source: {name} wants shape {list(parameter.shape)}, the checkpoint gives {list(ours[name].shape)}"
             )
     model.load_state_dict(ours, assign=True)
+
+
+def _fusedit(state: dict[str, Tensor], llm_config: Any, first_layer: int | None) -> FuseDiT:
+    """The dit.* tensors, their prefix removed."""
+    if llm_config is None:
+        raise ValueError("llm_config: wanted the LLM's transformers config for a 'fusedit' checkpoint, got None")
+    config = getattr(llm_config, "text_config", llm_config)
+    depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"layers\.(\d+)\.", key)))
+
+    def pop(key: str) -> Tensor:
+        if key not in state:
+            raise ValueError(f"source: the tensor dit.{key} is missing")
+        return state.pop(key)
+
+    top = {name: key for name, key in TOP_KEYS.items() if not name.startswith("conditioner")}
+    ours = {name: pop(key) for name, key in top.items()}
+    blocks = {name: key for name, key in BLOCK_KEYS.items() if not name.startswith("cross_attn")}
+    for d in range(depth):
+        ours |= {f"blocks.{d}.{name}": pop(f"layers.{d}.{key}") for name, key in blocks.items()}
+    ours["proj_out.weight"] = -pop("proj_out.weight")  # their velocity is noise - data
+    ours["proj_out.bias"] = -pop("proj_out.bias")
+    head_dim, patch = ours["blocks.0.self_attn.q_norm"].shape[0], ours["patch_embed.weight"]
+    with torch.device("meta"):
+        model = FuseDiT(
+            strategy="fusedit",
+            depth=depth,
+            hidden_size=patch.shape[0],
+            num_heads=ours["blocks.0.self_attn.q_proj.weight"].shape[0] // head_dim,
+            num_kv_heads=ours["blocks.0.self_attn.k_proj.weight"].shape[0] // head_dim,
+            head_dim=head_dim,
+            mlp_size=ours["blocks.0.mlp.gate_proj.weight"].shape[0],
+            in_channels=patch.shape[1],
+            patch_size=patch.shape[2],
+            text_layers=config.num_hidden_layers,
+            first_layer=first_layer,
+            rope_base=rope_theta(config),
+            norm_eps=config.rms_norm_eps,
+        )
+    _assign(model, ours, state)
+    return model
+
+
+def load_authors_llm(source: Mapping[str, Tensor] | str | Path, llm_config: Any) -> PreTrainedModel:
+    """The frozen language model (decoder stack, llm.* tensors) of a released fusedit checkpoint, in its dtype.
+
+    Raises: ValueError naming a tensor that is missing, unknown, or of the wrong size.
+    """
+    state = {k.removeprefix("llm."): v for k, v in read_state(source).items() if k.startswith("llm.")}
+    if not state:
+        raise ValueError("source: no llm.* tensors; only fusedit checkpoints hold their language model")
+    model = AutoModel.from_config(getattr(llm_config, "text_config", llm_config)).eval()  # its RoPE tables are computed
+    names = dict(model.named_parameters())
+    if missing := sorted(set(names) - set(state)):
+        raise ValueError(f"source: the tensor llm.{missing[0]} is missing")
+    rest = {f"llm.{key}": state[key] for key in sorted(set(state) - set(names))}
+    _assign(model, state, rest)
     return model

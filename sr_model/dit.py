@@ -7,9 +7,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -18,12 +15,81 @@ from torch import Tensor, nn
 from sr_model.conditioner import Conditioner
 from sr_model.flow import sigma_of
 from sr_model.fusion import build_fusion, layers_read
-from sr_model.layers import CHECKPOINTING, Block, image_rope
-from sr_model.presets import PRESETS
+from sr_model.layers import CHECKPOINTING, Block, RecomputingBlock, image_rope
 from sr_model.text_features import TextFeatures, TextKV
 
 
-class DiT(ModelMixin, ConfigMixin):
+class ImageTransformer(ModelMixin, ConfigMixin):
+    """What the two transformers share: patches in and out, initialisation, compilation, checkpointing of blocks."""
+
+    _supports_gradient_checkpointing = True
+    patch_embed: nn.Conv2d
+    blocks: nn.ModuleList
+    norm_out: nn.RMSNorm
+    proj_out: nn.Linear
+
+    def initialize(self) -> None:
+        """Xavier for every Linear and for the patch convolution as one, zeros for biases and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.detach().flatten(1))
+        assert self.patch_embed.bias is not None
+        nn.init.zeros_(self.patch_embed.bias)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def enable_gradient_checkpointing(self, mode: str = "full") -> None:
+        """Recompute blocks in the backward pass; mode: "full", "selective" or "none" (see `RecomputingBlock`).
+
+        Raises: ValueError for another mode.
+        """
+        if mode not in CHECKPOINTING:
+            raise ValueError(f"mode: wanted one of {', '.join(CHECKPOINTING)}, got {mode!r}")
+        for block in self.blocks:
+            assert isinstance(block, RecomputingBlock)
+            block.checkpointing = mode
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep all activations for the backward pass."""
+        self.enable_gradient_checkpointing("none")
+
+    def compile_blocks(self) -> None:
+        """torch.compile every block, without graph breaks; hooks on the blocks (ZeRO-3's) stay outside."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True)
+
+    def patches(self, x: Tensor, prompts: int) -> tuple[Tensor, int, int]:
+        """x [B, in_channels, H, W] -> ([B, N, hidden], rows, columns), N = rows * columns tokens row by row.
+
+        Raises: ValueError for another shape, or when there is not one prompt a sample.
+        """
+        p = self.config.patch_size
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % p or x.shape[3] % p:
+            raise ValueError(
+                f"x: wanted [B, {self.config.in_channels}, H, W] with H and W multiples of {p}, got {list(x.shape)}"
+            )
+        if prompts != x.shape[0]:
+            raise ValueError(f"text: wanted {x.shape[0]} prompts, one a sample of x, got {prompts}")
+        return self.patch_embed(x).flatten(2).transpose(1, 2), x.shape[2] // p, x.shape[3] // p
+
+    def picture(self, h: Tensor, rows: int, columns: int) -> Tensor:
+        """[B, N, hidden] -> [B, in_channels, H, W]; a patch's outputs are ordered row, column, channel."""
+        p, out = self.config.patch_size, self.proj_out(self.norm_out(h))  # [B, N, p*p*channels]
+        out = out.view(h.shape[0], rows, columns, p, p, -1)
+        return out.permute(0, 5, 1, 3, 2, 4).reshape(h.shape[0], -1, rows * p, columns * p)
+
+
+def check_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """Raises: ValueError naming the number that does not fit."""
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads: wanted a multiple of num_kv_heads={num_kv_heads}, got {num_heads}")
+    if head_dim % 4:
+        raise ValueError(f"head_dim: wanted a multiple of 4 for the 2-D RoPE, got {head_dim}")
+
+
+class DiT(ImageTransformer):
     """Velocity network v(x_t, t, text).
 
     Args:
@@ -39,7 +105,6 @@ class DiT(ModelMixin, ConfigMixin):
     Raises: ValueError naming the argument.
     """
 
-    _supports_gradient_checkpointing = True
     zero3_leaves = (Conditioner, Block)  # they use parameters of their children, or are compiled whole
     _no_split_modules = ("Block",)
 
@@ -63,10 +128,7 @@ class DiT(ModelMixin, ConfigMixin):
         gate_input: str = "t",
     ) -> None:
         super().__init__()
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads: wanted a multiple of num_kv_heads={num_kv_heads}, got {num_heads}")
-        if head_dim % 4:
-            raise ValueError(f"head_dim: wanted a multiple of 4 for the 2-D RoPE, got {head_dim}")
+        check_heads(num_heads, num_kv_heads, head_dim)
         if gate_input not in ("t", "sigma"):
             raise ValueError(f"gate_input: wanted 't' or 'sigma', got {gate_input!r}")
         if text_layers is not None and text_layers < 2:
@@ -81,44 +143,12 @@ class DiT(ModelMixin, ConfigMixin):
         )
         self.norm_out = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * in_channels)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.weight.detach().flatten(1))  # as a Linear on the patch
-        assert self.patch_embed.bias is not None
-        nn.init.zeros_(self.patch_embed.bias)
+        self.initialize()
         nn.init.normal_(self.conditioner.embed.weight, std=0.02)
-        nn.init.zeros_(self.proj_out.weight)
 
-    def enable_gradient_checkpointing(self, mode: str = "full") -> None:
-        """Recompute blocks in the backward pass; mode: "full", "selective" or "none" (see `Block`).
-
-        Raises: ValueError for another mode.
-        """
-        if mode not in CHECKPOINTING:
-            raise ValueError(f"mode: wanted one of {', '.join(CHECKPOINTING)}, got {mode!r}")
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            block.checkpointing = mode
-
-    def disable_gradient_checkpointing(self) -> None:
-        """Keep all activations for the backward pass."""
-        self.enable_gradient_checkpointing("none")
-
-    def compile_blocks(self) -> None:
-        """torch.compile every block, without graph breaks; hooks on the blocks (ZeRO-3's) stay outside."""
-        for block in self.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True)
-
-    @property
-    def layer_ids(self) -> tuple[int, ...] | None:
-        """The hidden states this model reads: what to ask the text encoder for. None when `text_layers` is unknown."""
-        n = self.config.text_layers
-        if n is None:
-            return None
-        return layers_read(self.config.strategy, n)
+    def reads(self, num_layers: int) -> dict[str, tuple[int, ...]]:
+        """What to ask the text encoder for, as its own arguments, of an LLM with `num_layers` layers."""
+        return {"layer_ids": layers_read(self.config.strategy, self.config.text_layers or num_layers)}
 
     def fusion_weights(self, gate_time: Tensor, num_layers: int | None = None) -> Tensor:
         """alpha [1|B, 1|D, L] at gate_time [B] in flow time (it may leave [0, 1])."""
@@ -153,45 +183,12 @@ class DiT(ModelMixin, ConfigMixin):
 
         Raises: ValueError naming the argument.
         """
-        p = self.config.patch_size
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % p or x.shape[3] % p:
-            raise ValueError(
-                f"x: wanted [B, {self.config.in_channels}, H, W] with H and W multiples of {p}, got {list(x.shape)}"
-            )
         kv = text if isinstance(text, TextKV) else self.condition(text, t if gate_time is None else gate_time)
-        batch, rows, columns = x.shape[0], x.shape[2] // p, x.shape[3] // p
-        if kv.cu_seqlens.numel() != batch + 1:
-            raise ValueError(f"text: wanted {batch} prompts, one a sample of x, got {kv.cu_seqlens.numel() - 1}")
-        h = self.patch_embed(x).flatten(2).transpose(1, 2)  # [B, N, hidden]
-        n = rows * columns
+        h, rows, columns = self.patches(x, kv.batch)
         rope = image_rope(rows, columns, self.config.head_dim, self.config.rope_base, x.device)
-        cu_q = torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=x.device)
+        n = rows * columns
+        cu_q = torch.arange(0, (x.shape[0] + 1) * n, n, dtype=torch.int32, device=x.device)
         # unbind, not indexing: its backward is one stack instead of D full-size additions
         for block, k, v in zip(self.blocks, kv.k.unbind(0), kv.v.unbind(0), strict=True):
             h = block(h, k, v, rope, cu_q, kv.cu_seqlens, kv.max_len)
-        out = self.proj_out(self.norm_out(h))  # [B, N, p*p*channels]
-        out = out.view(batch, rows, columns, p, p, -1)  # patch order: row, column, channel
-        return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
-
-
-def build(
-    strategy: str,
-    preset: str = "paper",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    **overrides: Any,
-) -> DiT:
-    """A DiT of a named size; `overrides` replace single sizes. device="meta" allocates nothing.
-
-    Raises: ValueError for an unknown strategy or preset, TypeError for an unknown size.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"preset: wanted one of {', '.join(PRESETS)}, got {preset!r}")
-    with torch.device(device or "cpu"):
-        model = DiT(strategy=strategy, **{**PRESETS[preset], **overrides})
-    return model if dtype is None else nn.Module.to(model, dtype=dtype)  # ModelMixin.to warns without a reason
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Number of parameters (the whole model's, also when ZeRO-3 has partitioned them)."""
-    return sum(getattr(p, "ds_numel", None) or math.prod(p.shape) for p in model.parameters())
+        return self.picture(h, rows, columns)

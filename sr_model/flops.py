@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from sr_model.dit import DiT
+from sr_model.fusedit import FuseDiT
 from sr_model.fusion import STATIC_IN_TIME, layers_read
 
+Transformer: TypeAlias = "DiT | FuseDiT"
 DEPTH_WISE = ("s2", "s3")
 
 
@@ -53,7 +55,7 @@ class Flops:
         return self.image + self.attention + self.text
 
 
-def image_products(dit: DiT) -> int:
+def image_products(dit: Transformer) -> int:
     """Multiply-adds of one image token through the whole transformer, attention products apart."""
     c: Any = dit.config
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -63,19 +65,19 @@ def image_products(dit: DiT) -> int:
     return c.depth * block + 2 * c.patch_size**2 * c.in_channels * c.hidden_size
 
 
-def attention_products(dit: DiT, image_tokens: int, text_tokens: int) -> int:
+def attention_products(dit: Transformer, image_tokens: int, text_tokens: int) -> int:
     """Multiply-adds of one sample's attention, all blocks: every query by its keys, and by their values."""
     c: Any = dit.config
     return c.depth * 2 * c.num_heads * c.head_dim * image_tokens * (image_tokens + text_tokens)
 
 
-def fused_states(dit: DiT) -> int:
+def fused_states(dit: Transformer) -> int:
     """How many different fused states the text has: one, or one a block."""
     c: Any = dit.config
     return c.depth if c.strategy in DEPTH_WISE else 1
 
 
-def text_products(dit: DiT, tokens: int, times: int = 1) -> int:
+def text_products(dit: Transformer, tokens: int, times: int = 1) -> int:
     """Multiply-adds of keys and values for `tokens` real tokens, made `times` times from the same weights."""
     c: Any = dit.config
     if c.strategy == "fusedit":
@@ -83,6 +85,7 @@ def text_products(dit: DiT, tokens: int, times: int = 1) -> int:
     rows, kv = fused_states(dit), 2 * c.num_kv_heads * c.head_dim
     layers = len(layers_read(c.strategy, c.text_layers))
     a_token = c.text_dim * (rows * layers + c.depth * kv)
+    assert isinstance(dit, DiT)
     if dit.conditioner.folds(tokens, rows, times):
         return times * tokens * a_token + c.depth * kv * c.text_dim**2
     return times * tokens * (a_token + rows * c.text_dim**2)
@@ -104,13 +107,13 @@ def llm_products(llm_config: Any, layers: int, lengths: Sequence[int]) -> int:
     return layers * (sum(lengths) * llm_layer_products(c) + 2 * c.num_attention_heads * head_dim * pairs)
 
 
-def layers_run(dit: DiT) -> int:
+def layers_run(dit: Transformer) -> int:
     """How many of the LLM's layers have to run."""
     c: Any = dit.config
-    return max(layers_read(c.strategy, c.text_layers))
+    return c.first_layer + c.depth if c.strategy == "fusedit" else max(layers_read(c.strategy, c.text_layers))
 
 
-def forward(dit: DiT, image_tokens: int, lengths: Sequence[int]) -> Flops:
+def forward(dit: Transformer, image_tokens: int, lengths: Sequence[int]) -> Flops:
     """One forward pass of len(lengths) samples of `image_tokens` each, their prompts `lengths` real tokens; no LLM.
 
     Training takes three times as much: the backward pass has two products for each one here.
@@ -122,7 +125,9 @@ def forward(dit: DiT, image_tokens: int, lengths: Sequence[int]) -> Flops:
     )
 
 
-def sampling(dit: DiT, llm_config: Any, image_tokens: int, prompt: int, negative: int = 1, steps: int = 50) -> Flops:
+def sampling(
+    dit: Transformer, llm_config: Any, image_tokens: int, prompt: int, negative: int = 1, steps: int = 50
+) -> Flops:
     """A guided picture as this code computes it: `prompt` and `negative` are real tokens."""
     c: Any = dit.config
     lengths, once = (prompt, negative), c.strategy in STATIC_IN_TIME
@@ -136,7 +141,9 @@ def sampling(dit: DiT, llm_config: Any, image_tokens: int, prompt: int, negative
     )
 
 
-def paper_sampling(dit: DiT, llm_config: Any, image_tokens: int = 1024, padded: int = 512, steps: int = 50) -> Flops:
+def paper_sampling(
+    dit: Transformer, llm_config: Any, image_tokens: int = 1024, padded: int = 512, steps: int = 50
+) -> Flops:
     """A guided picture by the accounting of Table 4: 2 x `padded` text tokens at every step, no attention products."""
     c: Any = dit.config
     kv, tokens = 2 * c.num_kv_heads * c.head_dim, 2 * padded

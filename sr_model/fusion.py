@@ -75,7 +75,8 @@ class TimeGate(nn.Module):
         return z.softmax(-1)  # [B, rows, L]
 
 
-STRATEGIES = ("b1", "b2", "b3", "s1", "s2", "s3")
+FUSIONS = ("b1", "b2", "b3", "s1", "s2", "s3")
+STRATEGIES = (*FUSIONS, "fusedit")  # the last fuses nothing: it taps the LLM's keys and values (sr_model/fusedit.py)
 STATIC_IN_TIME = ("b1", "b2", "b3", "s2")  # their keys and values can be kept over all sampling steps
 
 
@@ -89,8 +90,8 @@ def build_fusion(strategy: str, depth: int, num_layers: int | None) -> nn.Module
 
     Raises: ValueError naming the strategy or the missing number of layers.
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: wanted one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy not in FUSIONS:
+        raise ValueError(f"strategy: wanted one of {', '.join(FUSIONS)}, got {strategy!r}")
     if strategy == "b1":
         return Penultimate()
     if strategy == "b2":

@@ -29,13 +29,19 @@ def text_rope(positions: Tensor, head_dim: int, base: float) -> Tensor:
     return rotation(positions[:, None] * rope_frequencies(head_dim // 2, base, positions.device))
 
 
-def image_rope(rows: int, columns: int, head_dim: int, base: float, device: torch.device) -> Tensor:
-    """Rotation of the 2-D RoPE, tokens row by row: [2, rows*columns, hd/2] fp32; first hd/4 by row, next by column."""
+def image_rope(
+    rows: int, columns: int, head_dim: int, base: float, device: torch.device, start: Tensor | None = None
+) -> Tensor:
+    """Rotation of the 2-D RoPE, tokens row by row: [2, rows*columns, hd/2] fp32; first hd/4 by row, next by column.
+
+    start: [B], the number of each sample's first row and column; then [2, B*rows*columns, hd/2], sample by sample.
+    """
     frequencies = rope_frequencies(head_dim // 4, base, device)
-    by_row = torch.arange(rows, device=device)[:, None, None] * frequencies
-    by_column = torch.arange(columns, device=device)[None, :, None] * frequencies
-    shape = (rows, columns, head_dim // 4)
-    return rotation(torch.cat([by_row.expand(shape), by_column.expand(shape)], -1).flatten(0, 1))
+    first = torch.zeros(1, device=device) if start is None else start
+    by_row = (first[:, None] + torch.arange(rows, device=device))[:, :, None, None] * frequencies  # [B, rows, 1, hd/4]
+    by_column = (first[:, None] + torch.arange(columns, device=device))[:, None, :, None] * frequencies
+    shape = (first.numel(), rows, columns, head_dim // 4)
+    return rotation(torch.cat([by_row.expand(shape), by_column.expand(shape)], -1).flatten(0, 2))
 
 
 def qk_norm_rope(x: Tensor, weight: Tensor, rope: Tensor | None, eps: float) -> Tensor:
@@ -128,14 +134,29 @@ CHECKPOINTING: dict[str, Callable[..., Any] | None] = {
 }
 
 
-class Block(nn.Module):
-    """Self-attention, cross-attention (on an input that is not normed), SwiGLU; each added to the residual stream.
+class RecomputingBlock(nn.Module):
+    """A block whose `run` may be done again in the backward pass.
 
     checkpointing: what the backward pass recomputes: "none", "full" (all of the block) or "selective" (all but matrix
         products and attention: half the memory for a few percent of time).
     """
 
     checkpointing = "none"
+
+    def forward(self, *args: Any) -> Tensor:
+        """`run`, under the chosen checkpointing."""
+        recompute = CHECKPOINTING[self.checkpointing]
+        if recompute is None or not torch.is_grad_enabled():
+            return self.run(*args)
+        return recompute(self.run, *args)
+
+    def run(self, *args: Any) -> Tensor:
+        """The block itself."""
+        raise NotImplementedError
+
+
+class Block(RecomputingBlock):
+    """Self-attention, cross-attention (on an input that is not normed), SwiGLU; each added to the residual stream."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, inner: int, eps: float) -> None:
         super().__init__()
@@ -145,15 +166,8 @@ class Block(nn.Module):
         self.norm2 = nn.RMSNorm(hidden, eps=eps)
         self.mlp = SwiGLU(hidden, inner)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, rope: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
-        """x [B, N, H], k and v [T, Hkv, hd] of this block, rope [2, N, hd/2], bounds as in `varlen_attention` -> x."""
-        recompute = CHECKPOINTING[self.checkpointing]
-        if recompute is None or not torch.is_grad_enabled():
-            return self.run(x, k, v, rope, cu_q, cu_k, max_k)
-        return recompute(self.run, x, k, v, rope, cu_q, cu_k, max_k)
-
     def run(self, x: Tensor, k: Tensor, v: Tensor, rope: Tensor, cu_q: Tensor, cu_k: Tensor, max_k: int) -> Tensor:
-        """The block itself."""
+        """x [B, N, H], k and v [T, Hkv, hd] of this block, rope [2, N, hd/2], bounds as in `varlen_attention` -> x."""
         x = x + self.self_attn(self.norm1(x), rope)
         x = x + self.cross_attn(x, k, v, cu_q, cu_k, max_k)
         return x + self.mlp(self.norm2(x))

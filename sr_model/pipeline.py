@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sr_model.codec import PixelCodec, VaeCodec, to_uint8
 from sr_model.dit import DiT
 from sr_model.flow import sigma_of
+from sr_model.fusedit import FuseDiT
 from sr_model.fusion import STATIC_IN_TIME
-from sr_model.text_encoder import TextEncoder
-from sr_model.text_features import TextFeatures
+from sr_model.text_encoder import TextEncoder, language_model
+from sr_model.text_features import TextFeatures, TextKV
 
 
 def captured(step: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -38,7 +39,7 @@ class SemanticRoutingPipeline(DiffusionPipeline):
     """Text to image with a DiT conditioned on all layers of an LLM.
 
     Args:
-        transformer: the DiT.
+        transformer: the DiT or FuseDiT.
         scheduler: a FlowMatchEulerDiscreteScheduler; its shift is the training's flow shift.
         text_encoder, tokenizer: the frozen LLM (a decoder stack without LM head) and its tokenizer.
         vae: an AutoencoderKL, or None for a DiT that works on pixels.
@@ -58,7 +59,7 @@ class SemanticRoutingPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: DiT,
+        transformer: DiT | FuseDiT,
         scheduler: FlowMatchEulerDiscreteScheduler,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -81,13 +82,13 @@ class SemanticRoutingPipeline(DiffusionPipeline):
         """The latent codec: the VAE's, or pixels."""
         return PixelCodec() if self.vae is None else VaeCodec(self.vae)
 
-    def encode_prompt(self, prompts: list[str]) -> TextFeatures:
-        """Features of the prompts at the layers the transformer reads."""
+    def encode_prompt(self, prompts: list[str]) -> TextFeatures | TextKV:
+        """Features of the prompts at the layers the transformer reads; for a FuseDiT the LLM's keys and values."""
         if self._encoder is None or self._encoder.llm is not self.text_encoder:
             self._encoder = TextEncoder(
                 self.text_encoder,
                 self.tokenizer,
-                layer_ids=self.transformer.layer_ids,
+                **self.transformer.reads(language_model(self.text_encoder).config.num_hidden_layers),
                 template=self.config.prompt_template,
                 max_tokens=self.config.max_prompt_tokens,
             )
@@ -185,6 +186,9 @@ class SemanticRoutingPipeline(DiffusionPipeline):
         different = list(dict.fromkeys(prompts))
         places = [different.index(p) for p in prompts]
         text = self.encode_prompt(different)
+        if isinstance(text, TextKV):
+            tapped = text.take(places)
+            return lambda x, t: dit(x, t, tapped)
         if self.cache_text_kv and dit.config.strategy in STATIC_IN_TIME:  # one set of keys and values serves all steps
             kv = dit.condition(text, torch.zeros(1, device=dit.device)).take(places)
             return lambda x, t: dit(x, t, kv)

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AutoModel, AutoTokenizer, PreTraine
 
 from sr_kernels import layer_stats, varlen_attention
 from sr_model.flops import llm_products
-from sr_model.text_features import TextFeatures
+from sr_model.text_features import TextFeatures, TextKV
 
 ATTENTION = "sr_varlen"  # our name in transformers' attention registry
 
@@ -37,6 +37,8 @@ def _packed_attention(
         query = query * (scaling * query.shape[-1] ** 0.5)
     cu, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    if (taps := kwargs.get("taps")) is not None and module.layer_idx in taps:
+        taps[module.layer_idx] = k, v  # [T, Hkv, hd]
     return varlen_attention(q, k, v, cu, cu, longest, longest, causal=True)[None], None
 
 
@@ -55,13 +57,14 @@ def language_model(model: nn.Module) -> Any:
 
 
 class TextEncoder:
-    """Prompts -> TextFeatures.
+    """Prompts -> TextFeatures, or with `kv_layers` -> TextKV: the LLM's own keys and values.
 
     Args:
         llm: a transformers model; frozen and set to our attention here.
         tokenizer: its tokenizer.
         layer_ids: hidden states to return, 1..num_layers (default all): n is the output of layer n, the last one after
             the final norm.
+        kv_layers: in place of layer_ids, the layers, from 0, whose keys (normed and rotated) and values to return.
         template: text put before every prompt; a dropped prompt is the template alone.
         max_tokens: longer prompts are cut and counted in `truncated`.
         cache_bytes: memory the cache of encoded prompts may hold; 0 turns it off.
@@ -75,6 +78,7 @@ class TextEncoder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         layer_ids: Sequence[int] | None = None,
+        kv_layers: Sequence[int] | None = None,
         template: str = "",
         max_tokens: int = 512,
         cache_bytes: int = 1 << 30,
@@ -85,14 +89,12 @@ class TextEncoder:
         self.llm.set_attn_implementation(ATTENTION)
         self.tokenizer = tokenizer
         self.num_layers: int = len(self.llm.layers)
-        self.layer_ids = tuple(range(1, self.num_layers + 1)) if layer_ids is None else tuple(layer_ids)
-        if not self.layer_ids or min(self.layer_ids) < 1 or max(self.layer_ids) > self.num_layers:
-            raise ValueError(f"layer_ids: wanted ids in 1..{self.num_layers}, got {list(self.layer_ids)}")
+        self.read(layer_ids, kv_layers)
         self.template, self.max_tokens, self.cache_bytes = template, max_tokens, cache_bytes
         self.truncated = 0  # prompts cut at max_tokens so far
         self.encoded = 0  # prompts that went through the LLM so far
         self.flops = 0  # and the floating-point operations that took
-        self._cache: OrderedDict[tuple[int, ...], TextFeatures] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, ...], TextFeatures | TextKV] = OrderedDict()
         self._cached_bytes = 0
 
     @classmethod
@@ -102,6 +104,20 @@ class TextEncoder:
         """From a Hugging Face model name or folder; `kwargs` as in the constructor."""
         llm = AutoModel.from_pretrained(path, dtype=dtype or "auto")
         return cls(language_model(llm).to(device), AutoTokenizer.from_pretrained(path), **kwargs)
+
+    def read(self, layer_ids: Sequence[int] | None = None, kv_layers: Sequence[int] | None = None) -> None:
+        """Choose what is returned from now on, as in the constructor. Raises: ValueError for a layer not there."""
+        self.kv_layers = None if kv_layers is None else tuple(kv_layers)
+        if self.kv_layers is not None:
+            if not self.kv_layers or min(self.kv_layers) < 0 or max(self.kv_layers) >= self.num_layers:
+                raise ValueError(f"kv_layers: wanted layers in 0..{self.num_layers - 1}, got {list(self.kv_layers)}")
+            self.layer_ids: tuple[int, ...] = ()
+            self.layers_run = max(self.kv_layers) + 1
+            return
+        self.layer_ids = tuple(range(1, self.num_layers + 1)) if layer_ids is None else tuple(layer_ids)
+        if not self.layer_ids or min(self.layer_ids) < 1 or max(self.layer_ids) > self.num_layers:
+            raise ValueError(f"layer_ids: wanted ids in 1..{self.num_layers}, got {list(self.layer_ids)}")
+        self.layers_run = max(self.layer_ids)
 
     @property
     def text_dim(self) -> int:
@@ -117,7 +133,7 @@ class TextEncoder:
         spare = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         return [tuple(row[: self.max_tokens]) or (int(spare),) for row in rows]
 
-    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+    def encode(self, prompts: Sequence[str]) -> TextFeatures | TextKV:
         """Features of the prompts in their order, on the LLM's device and in its dtype; without gradient."""
         tokens = self.tokenize(prompts)
         if not self.cache_bytes:
@@ -131,16 +147,16 @@ class TextEncoder:
             batch.append(fresh[row] if row in fresh else self._cache[row])
         for row, features in fresh.items():
             self._keep(row, features)
-        return TextFeatures.cat(batch)
+        return (TextFeatures if self.kv_layers is None else TextKV).cat(batch)  # type: ignore[arg-type]
 
-    def _keep(self, row: tuple[int, ...], features: TextFeatures) -> None:
+    def _keep(self, row: tuple[int, ...], features: TextFeatures | TextKV) -> None:
         self._cache[row] = features
         self._cached_bytes += features.nbytes
         while self._cached_bytes > self.cache_bytes:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
 
     @torch.no_grad()
-    def encode_tokens(self, tokens: Sequence[tuple[int, ...]]) -> TextFeatures:
+    def encode_tokens(self, tokens: Sequence[tuple[int, ...]]) -> TextFeatures | TextKV:
         """Features of token rows, all in one packed sequence; past the cache."""
         device = next(self.llm.parameters()).device
         lengths = [len(row) for row in tokens]
@@ -163,7 +179,8 @@ class TextEncoder:
             for i in self.layer_ids
         ]
         layers = self.llm.layers
-        self.llm.layers = layers[: max(self.layer_ids)]
+        self.llm.layers = layers[: self.layers_run]
+        taps: dict[int, Any] | None = None if self.kv_layers is None else dict.fromkeys(self.kv_layers)
         try:
             self.llm(
                 input_ids=flat[None],
@@ -173,12 +190,16 @@ class TextEncoder:
                 cu_seq_lens_k=bounds,
                 max_length_q=max(lengths),
                 max_length_k=max(lengths),
+                taps=taps,
             )
         finally:
             self.llm.layers = layers
             for handle in handles:
                 handle.remove()
         self.encoded += len(tokens)
-        self.flops += 2 * llm_products(self.llm.config, max(self.layer_ids), lengths)
+        self.flops += 2 * llm_products(self.llm.config, self.layers_run, lengths)
+        if taps is not None:
+            k, v = (torch.stack(part) for part in zip(*taps.values(), strict=True))  # [D, T, Hkv, hd]
+            return TextKV.pack(k, v, lengths)
         hidden, means, rstds = zip(*(kept[i] for i in self.layer_ids), strict=True)
         return TextFeatures.pack(hidden, lengths, self.layer_ids, (torch.stack(means), torch.stack(rstds)))

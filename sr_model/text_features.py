@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,28 +149,58 @@ class TextFeatures:
 
 @dataclass(frozen=True)
 class TextKV:
-    """Keys and values of every block's cross-attention: all a block sees of the text.
+    """Keys and values of every block's attention to the text: all a block sees of it.
 
     k, v: [D, T, Hkv, hd] (k after its norm and RoPE); cu_seqlens: [B+1] int32; cu_seqlens_host: the same as integers.
+    joint: what sr_model.fusedit keeps of them between sampling steps.
     """
 
     k: Tensor
     v: Tensor
     cu_seqlens: Tensor
     cu_seqlens_host: tuple[int, ...]
+    joint: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def pack(cls, k: Tensor, v: Tensor, lengths: Sequence[int]) -> TextKV:
+        """From packed keys and values and the prompts' lengths."""
+        bounds = (0, *itertools.accumulate(lengths))
+        return cls(k, v, torch.tensor(bounds, dtype=torch.int32).to(k.device, non_blocking=True), bounds)
+
+    @classmethod
+    def cat(cls, parts: Sequence[TextKV]) -> TextKV:
+        """One batch from several."""
+        k, v = (torch.cat([getattr(part, name) for part in parts], 1) for name in "kv")
+        return cls.pack(k, v, [n for part in parts for n in part.lengths])
+
+    def clone(self) -> TextKV:
+        """Own memory: what a cache keeps."""
+        return TextKV.pack(self.k.clone(), self.v.clone(), self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [b - a for a, b in itertools.pairwise(self.cu_seqlens_host)]
+
+    @property
+    def batch(self) -> int:
+        """Number of prompts B."""
+        return len(self.cu_seqlens_host) - 1
 
     @property
     def max_len(self) -> int:
         """Tokens of the longest prompt."""
-        return max(b - a for a, b in itertools.pairwise(self.cu_seqlens_host))
+        return max(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.k.nbytes + self.v.nbytes
 
     def take(self, prompts: Sequence[int]) -> TextKV:
         """The keys and values of `prompts`, by their places in this batch; any number of times, in any order."""
-        if tuple(prompts) == tuple(range(len(self.cu_seqlens_host) - 1)):
+        if tuple(prompts) == tuple(range(self.batch)):
             return self
         spans = [self.cu_seqlens_host[i : i + 2] for i in prompts]
-        bounds = (0, *itertools.accumulate(b - a for a, b in spans))
-        places, device = [t for a, b in spans for t in range(a, b)], self.k.device
-        rows = torch.tensor(places).to(device, non_blocking=True)
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
-        return TextKV(self.k.index_select(1, rows), self.v.index_select(1, rows), cu_seqlens, bounds)
+        rows = torch.tensor([t for a, b in spans for t in range(a, b)]).to(self.k.device, non_blocking=True)
+        return TextKV.pack(self.k.index_select(1, rows), self.v.index_select(1, rows), [b - a for a, b in spans])

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from sr_model import DiT, TextEncoder, build
+from sr_model import DiT, FuseDiT, TextEncoder, build
+from sr_model.build import parameter_count
 from sr_model.codec import PixelCodec, VaeCodec, latent_factor
-from sr_model.dit import parameter_count
-from sr_model.fusion import layers_read
+from sr_model.fusedit import rope_theta
 from sr_model.presets import PRESETS
 from train import embedded_llm, preflight
 from train.config import Config, ConfigError
@@ -100,8 +100,24 @@ def load_encoder(config: Config, ranks: Ranks, dtype: torch.dtype) -> TextEncode
             f"text.llm: wanted {config.model.text_layers} layers (model.text_layers), {config.text.llm!r} has "
             f"{encoder.num_layers}"
         )
-    encoder.layer_ids = layers_read(config.strategy, encoder.num_layers)
     return encoder
+
+
+def llm_sizes(config: Config, encoder: TextEncoder) -> dict[str, Any]:
+    """What the LLM decides of the model's sizes; FuseDiT also takes its heads and RoPE base.
+
+    Raises: ConfigError when joint attention is asked for and the heads differ.
+    """
+    sizes: dict[str, Any] = {"text_dim": encoder.text_dim, "text_layers": encoder.num_layers}
+    if config.strategy != "fusedit":
+        return sizes
+    llm, preset = encoder.llm.config, PRESETS[config.model.size]
+    head_dim = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
+    for name, wanted in (("num_kv_heads", llm.num_key_value_heads), ("head_dim", head_dim)):
+        got = getattr(config.model, name) or preset[name]
+        if got != wanted:
+            raise ConfigError(f"model.{name}: wanted the LLM's {wanted} for strategy fusedit, got {got}")
+    return sizes | {"rope_base": config.model.rope_base or rope_theta(llm), "norm_eps": llm.rms_norm_eps}
 
 
 def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[Parts, Evaluator]:
@@ -124,18 +140,19 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
         dtype = torch.bfloat16
     codec = load_codec(config, ranks, dtype)
     encoder = load_encoder(config, ranks, dtype)
-    sizes |= {"in_channels": codec.channels, "text_dim": encoder.text_dim, "text_layers": encoder.num_layers}
+    sizes |= {"in_channels": codec.channels, **llm_sizes(config, encoder)}
     try:
         shape = build(config.strategy, config.model.size, device="meta", **sizes)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from None
+    encoder.read(**shape.reads(encoder.num_layers))
     for line in preflight.check(
         config, ranks, parameter_count(shape), dtype,
-        f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.layer_ids)} read",
+        f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.kv_layers or encoder.layer_ids)} read",
     ):  # fmt: skip
         say(line)
 
-    def new_model() -> DiT:
+    def new_model() -> DiT | FuseDiT:
         torch.manual_seed(config.seed)
         return build(config.strategy, config.model.size, **sizes)
 

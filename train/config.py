@@ -19,7 +19,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-Strategy = Literal["b1", "b2", "b3", "s1", "s2", "s3"]
+Strategy = Literal["b1", "b2", "b3", "s1", "s2", "s3", "fusedit"]
 PRESET_FOLDER = Path(__file__).parent / "configs"
 
 
@@ -40,7 +40,7 @@ class ModelConfig:
         head_dim: width of a head.
         mlp_size: inner width of the SwiGLU.
         patch_size: side of a patch, in latent pixels.
-        rope_base: base of the rotary embeddings.
+        rope_base: base of the rotary embeddings; fusedit takes the LLM's own unless it is given.
         text_layers: layers the LLM must have; None takes any LLM, whose layers and width the model then has.
     """
 

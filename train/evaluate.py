@@ -175,7 +175,7 @@ class Evaluator:
 @torch.no_grad()
 def fusion_row(model: DiT) -> dict[str, float]:
     """Centre and dispersion of learned fusion weights (eq. 14-17); the mean over TIMES where they have a time."""
-    if model.config.strategy in ("b1", "b2"):
+    if model.config.strategy in ("b1", "b2", "fusedit"):
         return {}  # they have nothing to learn
     device = next(model.parameters()).device
     alpha = model.fusion_weights(torch.tensor(TIMES, device=device))  # [1|9, 1|D, L]

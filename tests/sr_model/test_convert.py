@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3Config
 
-from sr_model import TextFeatures, load_authors_checkpoint
+from sr_model import TextEncoder, TextFeatures, load_authors_checkpoint, load_authors_llm
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 
@@ -26,6 +27,38 @@ def test_released_outputs_are_reproduced(strategy):
     ours = model(inputs["x"], 1 - inputs["sigma"], text)
     theirs = tensors["out.noise_minus_data"]
     assert ((-ours - theirs).norm() / theirs.norm()).item() < 5e-6
+
+
+FUSED_LLM = Qwen3Config(
+    vocab_size=50, hidden_size=40, num_hidden_layers=6, intermediate_size=64, num_attention_heads=4, head_dim=16,
+    num_key_value_heads=2, rope_theta=5e6, rms_norm_eps=1e-6,
+)  # fmt: skip
+
+
+def test_released_joint_attention_is_reproduced(tokenizer):
+    state, inputs, tensors = vector("fusedit")
+    model = load_authors_checkpoint(state, llm_config=FUSED_LLM, first_layer=2)
+    encoder = TextEncoder(load_authors_llm(state, FUSED_LLM), tokenizer, **model.reads(6))
+    rows = [tuple(ids[keep].tolist()) for ids, keep in zip(inputs["input_ids"], inputs["mask"].bool(), strict=True)]
+    ours = model(inputs["x"], 1 - inputs["sigma"], encoder.encode_tokens(rows))
+    theirs = tensors["out.noise_minus_data"]
+    assert ((-ours - theirs).norm() / theirs.norm()).item() < 5e-6
+
+
+def test_joint_attention_refusals(tokenizer):
+    state, *_ = vector("fusedit")
+    for change, arguments, message in (
+        ({}, {}, "llm_config: wanted the LLM's"),
+        ({}, {"strategy": "s2", "llm_config": FUSED_LLM}, "those of 'fusedit', got 's2'"),
+        ({}, {"llm_config": FUSED_LLM, "first_layer": 4}, "first_layer: wanted 0 to 3, got 4"),
+        ({"dit.extra": torch.zeros(1)}, {"llm_config": FUSED_LLM}, "1 unknown tensors, the first named 'extra'"),
+        ({"dit.proj_out.bias": torch.zeros(3)}, {"llm_config": FUSED_LLM}, r"proj_out.bias wants shape \[64\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_authors_checkpoint({**state, **change}, **arguments)
+    for key, message in (("llm.norm.weight", "llm.norm.weight is missing"), ("llm.", "no llm")):
+        with pytest.raises(ValueError, match=message):
+            load_authors_llm({k: v for k, v in state.items() if not k.startswith(key)}, FUSED_LLM)
 
 
 def test_text_as_ready_keys_and_values_gives_the_same(tmp_path):

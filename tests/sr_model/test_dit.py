@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sr_model import TextFeatures, build
-from sr_model.dit import parameter_count
+from sr_model.build import parameter_count
 from sr_model.layers import image_rope, qk_norm_rope, text_rope
 
 PAPER = {

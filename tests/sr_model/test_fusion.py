@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sr_model import STRATEGIES, TextFeatures, build
-from sr_model.fusion import build_fusion, centre_and_dispersion, time_embedding
+from sr_model.fusion import FUSIONS, build_fusion, centre_and_dispersion, time_embedding
 from tests.conftest import TINY, randomize
 from train.config import Strategy
 
@@ -22,7 +22,7 @@ def test_time_embedding_is_64_cosines_then_64_sines():
         assert row[64 + i].item() == pytest.approx(math.sin(angle), abs=1e-6)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", FUSIONS)
 def test_weights_are_convex_and_have_the_strategys_shape(strategy):
     fusion = randomize(build_fusion(strategy, 3, 5))
     alpha = fusion(torch.tensor([0.1, 0.9]), 5)

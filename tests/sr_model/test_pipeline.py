@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sr_model import STRATEGIES, SemanticRoutingPipeline
+from sr_model.fusion import FUSIONS
 from sr_model.sample import main as sample_main
 
 
@@ -81,14 +82,15 @@ def test_output_types_callback_and_several_images(pipeline):
     assert pipe("red", num_inference_steps=1, output_type="pt", return_dict=False)[0].shape == (1, 3, 8, 8)
 
 
-def test_saved_and_loaded_it_draws_the_same(pipeline, tmp_path, capsys):
-    pipe = pipeline("s3")
+@pytest.mark.parametrize("strategy", ["s3", "fusedit"])
+def test_saved_and_loaded_it_draws_the_same(pipeline, tmp_path, capsys, strategy):
+    pipe = pipeline(strategy)
     pipe.save_pretrained(tmp_path / "pipe")
     again = SemanticRoutingPipeline.from_pretrained(tmp_path / "pipe")
     assert again.vae is None
     assert again.config.default_size == 8
     assert again.scheduler.config.shift == 3.0
-    assert again.transformer.config.strategy == "s3"
+    assert again.transformer.config.strategy == strategy
     again.set_progress_bar_config(disable=True)
     pictures = [
         np.asarray(p("a red circle", generator=torch.Generator().manual_seed(5), num_inference_steps=3).images[0])
@@ -126,7 +128,7 @@ def test_bad_arguments_are_named(pipeline, arguments, message):
         pipeline()(**{"prompt": "red", **arguments})
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", FUSIONS)
 def test_kept_keys_and_values_draw_what_fresh_ones_draw(pipeline, strategy):
     """In fp64, a prompt asked for twice and a shared negative one: each is projected once, or once a step."""
     pipe = pipeline(strategy)
@@ -156,9 +158,23 @@ def test_kept_keys_and_values_draw_what_fresh_ones_draw(pipeline, strategy):
         assert (other - first).norm() <= 1e-6 * first.norm()  # the sampler keeps x in fp32
 
 
+def test_joint_buffers_hold_the_text_over_all_steps(pipeline):
+    pipe = pipeline("fusedit")
+    arguments = {"num_inference_steps": 4, "latents": torch.randn(2, 3, 8, 8), "output_type": "latent"}
+    kept = pipe(["red", "two"], **arguments).images
+    forward = pipe.transformer.forward
+
+    def fresh(x, t, text, gate_time=None):
+        text.joint.clear()
+        return forward(x, t, text)
+
+    pipe.transformer.forward = fresh
+    assert torch.equal(pipe(["red", "two"], **arguments).images, kept)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("strategy", ["s2", "s3"])
+@pytest.mark.parametrize("strategy", ["s2", "s3", "fusedit"])
 def test_a_replayed_graph_draws_what_the_eager_step_draws(pipeline, strategy):
     pipe, pictures = pipeline(strategy), []
     pipe.text_encoder = copy.deepcopy(pipe.text_encoder)  # the other tests' stays on the CPU

@@ -41,7 +41,7 @@ def test_the_saved_configuration_reads_back(tmp_path):
 
 
 BAD = [
-    (["--strategy", "s9"], "strategy: wanted one of b1, b2, b3, s1, s2, s3, got s9"),
+    (["--strategy", "s9"], "strategy: wanted one of b1, b2, b3, s1, s2, s3, fusedit, got s9"),
     (["--stratgy", "s3"], "--stratgy: unknown flag, did you mean --strategy?"),
     (["--optim.lrr=1"], "--optim.lrr: unknown flag, did you mean --optim.lr?"),
     (["--optim.lr", "nan"], "optim.lr: wanted a number, got nan"),
