@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from sr_model import DiT, FuseDiT, TextEncoder, build
-from sr_model.build import parameter_count
 from sr_model.codec import PixelCodec, VaeCodec, latent_factor
 from sr_model.fusedit import rope_theta
 from sr_model.presets import PRESETS
@@ -103,6 +103,11 @@ def load_encoder(config: Config, ranks: Ranks, dtype: torch.dtype) -> TextEncode
     return encoder
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
 def llm_sizes(config: Config, encoder: TextEncoder) -> dict[str, Any]:
     """What the LLM decides of the model's sizes; FuseDiT also takes its heads and RoPE base.
 
@@ -147,8 +152,9 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
         raise ConfigError(f"model.{error}") from None
     encoder.read(**shape.reads(encoder.num_layers))
     for line in preflight.check(
-        config, ranks, parameter_count(shape), dtype,
+        config, ranks, shape, config.data.image_size // codec.factor, dtype,
         f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.kv_layers or encoder.layer_ids)} read",
+        weight_bytes(encoder.llm) + (weight_bytes(codec.vae) if isinstance(codec, VaeCodec) else 0),
     ):  # fmt: skip
         say(line)
 

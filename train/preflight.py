@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ from sr_kernels.attention import backend_for as attention_backend
 from sr_kernels.attention.op import usable as attention_reasons
 from sr_kernels.routing import backend_for as routing_backend
 from sr_kernels.routing import native
+from sr_model import DiT, FuseDiT
+from sr_model.build import parameter_count
 from train.config import Config, ConfigError
 from train.distributed import Ranks
 
@@ -26,6 +29,19 @@ def training_bytes(parameters: int, zero: int, world: int, bf16: bool) -> int:
     optimizer = parameters * (4 * 2 + 4 + (4 if bf16 else 0))  # moments, average, and masters under bf16
     share = [1, 1, 1, 1] if zero == 0 else [1 / world if zero >= stage else 1 for stage in (3, 2, 1, 1)]
     return round(weights * share[0] + gradients * share[1] + optimizer * share[2])
+
+
+def activation_bytes(config: Config, dit: DiT | FuseDiT, tokens: int, itemsize: int) -> int:
+    """Roughly what the blocks keep of one micro-batch of `tokens` image tokens for the backward pass."""
+    c: Any = dit.config
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    products = 3 * c.hidden_size + 4 * heads + 2 * kv + 3 * c.mlp_size  # outputs of matrix products and attention
+    a_token = {
+        "none": products + 5 * c.hidden_size + 2 * c.mlp_size,  # norms, residuals and SwiGLU's factors too
+        "selective": products + c.hidden_size,
+        "full": c.hidden_size,
+    }[config.gradient_checkpointing]
+    return tokens * c.depth * a_token * itemsize
 
 
 def shards_line(path: Path) -> str:
@@ -51,11 +67,16 @@ def backends_line(device: torch.device, dtype: torch.dtype) -> str:
     return f"attention {attention}{why}, routing {routing}{slow}"
 
 
-def check(config: Config, ranks: Ranks, parameters: int, dtype: torch.dtype, text: str) -> list[str]:
-    """The lines, and the last checks that need a device.
+def check(
+    config: Config, ranks: Ranks, dit: DiT | FuseDiT, latent_side: int, dtype: torch.dtype, text: str, frozen: int
+) -> list[str]:
+    """The lines, and the last checks that need a device, before the model is allocated.
 
-    Raises: ConfigError when the batch does not divide over the ranks.
+    dit: the model on the meta device. frozen: bytes of the LLM and the VAE, which are there already.
+
+    Raises: ConfigError when the batch does not divide over the ranks, or weights and optimiser do not fit.
     """
+    parameters = parameter_count(dit)
     micro = config.micro_batch_size or config.batch_size // ranks.world
     if not micro or config.batch_size % (micro * ranks.world):
         raise ConfigError(
@@ -69,7 +90,15 @@ def check(config: Config, ranks: Ranks, parameters: int, dtype: torch.dtype, tex
     else:
         where = f"CPU, {torch.get_num_threads()} threads x {ranks.world} ranks"
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ["LOCAL_WORLD_SIZE"])
-    need = training_bytes(parameters, config.zero, ranks.world, dtype == torch.bfloat16)
+    need = training_bytes(parameters, config.zero, ranks.world, dtype == torch.bfloat16) + frozen
+    tokens = micro * (latent_side // dit.config.patch_size) ** 2
+    activations = activation_bytes(config, dit, tokens, dtype.itemsize)
+    if need > room:
+        raise ConfigError(
+            f"model: {parameters:,} parameters need {need / GIB:.0f} GiB of weights and optimiser on each of "
+            f"{ranks.world} ranks at ZeRO stage {config.zero}, of {room / GIB:.0f} GiB; take a higher --zero, more "
+            "ranks, or a smaller model"
+        )
     config.folder.mkdir(parents=True, exist_ok=True)
     disk = shutil.disk_usage(config.folder).free
     shm = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
@@ -80,7 +109,8 @@ def check(config: Config, ranks: Ranks, parameters: int, dtype: torch.dtype, tex
         f"{ranks.world} ranks x {micro} x {config.batch_size // (micro * ranks.world)} micro-steps",
         f"model      {config.strategy}, {parameters:,} parameters; {text}",
         f"backends   {backends_line(device, dtype)}",
-        f"memory     {need / GIB:.1f} GiB of weights and optimiser a rank, of {room / GIB:.0f} GiB; then activations",
+        f"memory     {need / GIB:.1f} GiB of weights, LLM and optimiser a rank, about {activations / GIB:.1f} GiB of "
+        f"activations, of {room / GIB:.0f} GiB",
         f"data       {shards_line(Path(config.data.path))}",
         f"room       {disk / GIB:.0f} GiB on disk for {config.keep_checkpoints} checkpoints, "
         f"{shm / GIB:.1f} GiB of shared memory",
