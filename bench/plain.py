@@ -4,9 +4,12 @@ anew at every sampling step. What the packed, fused, folded and cached path is c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from sr_model import DiT, SemanticRoutingPipeline
 from sr_model.flow import sigma_of
@@ -14,11 +17,12 @@ from sr_model.fusion import layers_read
 from sr_model.layers import Block, image_rope, qk_norm_rope, text_rope
 
 
-def encode(pipe: SemanticRoutingPipeline, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+def encode(
+    llm: Any, tokenizer: PreTrainedTokenizerBase, strategy: str, prompts: list[str], length: int
+) -> tuple[Tensor, Tensor]:
     """transformers' own padded run: hidden states the strategy reads [L, B, length, C], mask [B, length]."""
-    llm, tokenizer = pipe.text_encoder, pipe.tokenizer
     batch = tokenizer(
-        [pipe.config.prompt_template + prompt or tokenizer.pad_token for prompt in prompts],
+        [prompt or tokenizer.pad_token for prompt in prompts],
         return_tensors="pt", padding="max_length", max_length=length, padding_side="right",
     ).to(llm.device)  # fmt: skip
     before = llm.config._attn_implementation
@@ -27,7 +31,7 @@ def encode(pipe: SemanticRoutingPipeline, prompts: list[str], length: int) -> tu
         out = llm(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
     finally:
         llm.set_attn_implementation(before)
-    wanted = layers_read(pipe.transformer.config.strategy, len(out.hidden_states) - 1)
+    wanted = layers_read(strategy, len(out.hidden_states) - 1)
     return torch.stack([out.hidden_states[i] for i in wanted]), batch["attention_mask"].bool()
 
 
@@ -42,25 +46,24 @@ def cross_attention(block: Block, x: Tensor, k: Tensor, v: Tensor, mask: Tensor,
 
 
 def velocity(dit: DiT, x: Tensor, t: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
-    """DiT.forward on padded text: x [B, channels, H, W], t [1], hidden [L, B, length, C], mask [B, length]."""
+    """DiT.forward on padded text: x [B, channels, H, W], t [1|B], hidden [L, B, length, C], mask [B, length]."""
     config, conditioner = dit.config, dit.conditioner
-    alpha = dit.fusion_weights(t, config.text_layers)  # [1, 1|D, L]
+    alpha = dit.fusion_weights(t, config.text_layers)  # [1|B, 1|D, L]
     alpha = alpha[..., [i - 1 for i in layers_read(config.strategy, config.text_layers)]]
     normed = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-5)
 
-    def embed(row: Tensor) -> Tensor:
-        fused = torch.einsum("l,lbnc->bnc", row.to(normed.dtype), normed)
-        return conditioner.embed(conditioner.norm(fused))
+    def embed(d: int) -> Tensor:
+        weights = alpha[:, d].to(normed.dtype).expand(hidden.shape[1], -1)  # [B, L]
+        return conditioner.embed(conditioner.norm(torch.einsum("bl,lbnc->bnc", weights, normed)))
 
-    rows = alpha[0]
-    embedded = embed(rows[0]) if rows.shape[0] == 1 else None
+    embedded = embed(0) if alpha.shape[1] == 1 else None
     rope = None
     if conditioner.rope_base is not None:
         rope = text_rope(torch.arange(mask.shape[1], device=x.device), config.head_dim, conditioner.rope_base)
     p, h = config.patch_size, dit.patch_embed(x).flatten(2).transpose(1, 2)
     image = image_rope(x.shape[2] // p, x.shape[3] // p, config.head_dim, config.rope_base, x.device)
     for d, block in enumerate(dit.blocks):
-        text = embed(rows[d]) if embedded is None else embedded
+        text = embed(d) if embedded is None else embedded
         kv = F.linear(text, conditioner.kv_weight[d]).unflatten(-1, (2, config.num_kv_heads, config.head_dim))
         k, v = kv.unbind(2)
         k = qk_norm_rope(k, conditioner.k_norm[d], rope, config.norm_eps)
@@ -77,7 +80,8 @@ def sample(
 ) -> Tensor:
     """What `pipe(prompts, latents=..., output_type="latent")` computes, from prompts padded to `length` tokens."""
     dit, scheduler = pipe.transformer, pipe.scheduler
-    hidden, mask = encode(pipe, [""] * len(prompts) + prompts, length)
+    asked = [pipe.config.prompt_template + prompt for prompt in [""] * len(prompts) + prompts]
+    hidden, mask = encode(pipe.text_encoder, pipe.tokenizer, dit.config.strategy, asked, length)
     x = latents.to(dit.device, torch.float32)
     scheduler.set_timesteps(steps, device=dit.device)
     for timestep in scheduler.timesteps:

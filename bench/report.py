@@ -206,6 +206,40 @@ def overhead_note(result: dict[str, Any]) -> str:
     return f"{result['setting']} size, {result['image_tokens']} image tokens, {result['steps']} steps; {source(result)}"
 
 
+def throughput_table(result: dict[str, Any]) -> str:
+    """A training step of every strategy, and by the plain path."""
+    base = next((row["seconds"] for row in result["rows"] if row["strategy"] == "b1" and row["path"] == "ours"), None)
+    rows = []
+    for row in result["rows"]:
+        split = row["seconds_by_part"]
+        ratio = "-" if base is None else f"{row['seconds'] / base:.2f}"
+        mfu = "-" if row["mfu"] is None else f"{percent(row['mfu'])} / {percent(row['mfu_dit'])}"
+        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB"
+        rows.append(
+            (
+                row["strategy"],
+                row["path"],
+                f"{row['seconds'] * 1e3:.0f} ({ratio})",
+                f"{row['images_per_s']:.2f}",
+                f"{row['text_tokens_per_s']:.0f}",
+                " / ".join(f"{split[part] * 1e3:.0f}" for part in split),
+                f"{row['tflop_per_s']:.2f}",
+                mfu,
+                peak,
+            )
+        )
+    parts = " / ".join(result["rows"][0]["seconds_by_part"])
+    head = (
+        "strategy", "path", "step, ms (over b1)", "images/s", "text tokens/s", f"{parts}, ms", "TFLOP/s",
+        "MFU: step / DiT", "peak memory",
+    )  # fmt: skip
+    note = (
+        f"{result['setting']} size, {result['world']} rank(s) x {result['micro_batch']} pictures, "
+        f"{result['tokens']}-token captions (plain pads to {result['padded_to']}), ZeRO {result['zero']}"
+    )
+    return f"{table(head, rows)}\n\n{note}; {source(result)}"
+
+
 def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
     """A PNG: achieved arithmetic over arithmetic intensity, with each device's measured copy bandwidth as the roof."""
     import matplotlib
@@ -245,6 +279,8 @@ def sections() -> dict[str, str]:
     if overhead := overhead_results():
         measured = [[overhead_table(r), *([factor_table(r)] if r["factors"] else [])] for r in overhead]
         found["overhead"] = "\n\n".join([counted_table(overhead[0]), *(part for parts in measured for part in parts)])
+    if throughput := sorted(RESULTS.glob("throughput-*.json")):
+        found["throughput"] = "\n\n".join(throughput_table(json.loads(path.read_text())) for path in throughput)
     return found
 
 

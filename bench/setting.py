@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from sr_model import DiT, SemanticRoutingPipeline, build
+from sr_model import DiT, FuseDiT, SemanticRoutingPipeline, build
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ REDUCED = Setting(
 SETTINGS = {setting.name: setting for setting in (PAPER, REDUCED)}
 
 
-def dit(strategy: str, setting: Setting, device: torch.device | str, dtype: torch.dtype) -> DiT:
+def dit(strategy: str, setting: Setting, device: torch.device | str, dtype: torch.dtype, **sizes: int) -> DiT | FuseDiT:
     """A DiT of random weights, its zero-initialised output included (its logits stay uniform)."""
     torch.manual_seed(0)
-    model = build(strategy, "paper", device, dtype, **setting.sizes).eval().requires_grad_(False)
+    model = build(strategy, "paper", device, dtype, **{**setting.sizes, **sizes}).eval().requires_grad_(False)
     if model.proj_out.weight.device.type != "meta":
         torch.nn.init.normal_(model.proj_out.weight, std=0.02)
     return model
@@ -96,7 +96,7 @@ def prompt(tokens: int) -> str:
     return " ".join("w" for _ in range(tokens))
 
 
-def pipeline(model: DiT, llm: Qwen3Model, words: PreTrainedTokenizerFast) -> SemanticRoutingPipeline:
+def pipeline(model: DiT | FuseDiT, llm: Qwen3Model, words: PreTrainedTokenizerFast) -> SemanticRoutingPipeline:
     """The sampling pipeline; its VAE only says what latents are like, and is not run."""
     blocks = 4
     vae = AutoencoderKL(

@@ -69,7 +69,7 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> Step:
             drop = draws.dropped(config.flow.prompt_drop)
             text = parts.encoder.encode(["" if d else c for d, c in zip(drop, captions, strict=True)])
             tokens += text.cu_seqlens_host[-1]
-        with clock.part("dit"):
+        with clock.part("forward"):
             noise = draws.noise.to(ranks.device)
             t = logit_normal_times(draws.normal, config.flow.shift, config.flow.logit_mean, config.flow.logit_std)
             t = t.to(ranks.device)
@@ -80,6 +80,7 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> Step:
             losses.append(loss.detach())
             if not all_finite(losses[-1], ranks):
                 raise NonFiniteLoss(f"loss: not finite at step {step + 1}; the weights of step {step} are untouched")
+        with clock.part("backward"):
             engine.backward(loss)
         with clock.part("optimizer"):
             engine.step()
@@ -195,6 +196,7 @@ def report(
     left = (config.steps - step) * elapsed / len(window)
     norm = parts.engine.get_global_grad_norm()
     achieved, peak = sum(taken.flops for taken in window) / elapsed, peak_flops(parts.ranks.device)
+    own = split["forward"] + split["backward"]  # the DiT's time
     row = {
         "step": step,
         "loss": loss,
@@ -207,7 +209,7 @@ def report(
         **{f"seconds_{part}": seconds / len(window) for part, seconds in split.items()},
         "tflop_per_s": achieved / 1e12,  # of this rank; DiT and conditioner
         "llm_tflop_total": parts.encoder.flops / 1e12,
-        **({} if peak is None else {"mfu": achieved / peak, "mfu_dit": achieved / peak * elapsed / split["dit"]}),
+        **({} if peak is None else {"mfu": achieved / peak, "mfu_dit": achieved / peak * elapsed / own}),
     }
     log.write(row)
     cut = f", {parts.encoder.truncated} captions cut" if parts.encoder.truncated else ""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-PARTS = ("data", "vae", "llm", "dit", "optimizer")
+PARTS = ("data", "vae", "llm", "forward", "backward", "optimizer")
 
 
 class Clock:

@@ -1,0 +1,46 @@
+"""The training step's benchmark at a tiny size: the program's own step, by our path and by the plain one."""
+
+import json
+
+import pytest
+
+from bench import provenance, report, throughput
+from tests.bench.test_overhead import TINY
+from train.runlog import PARTS
+
+
+def test_a_step_is_measured_by_both_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "REDUCED", TINY)
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    flags = [
+        "--strategies",
+        "s3",
+        "fusedit",
+        "--plain",
+        "s3",
+        "--tokens=3",
+        "--micro-batch=2",
+        "--steps=2",
+        "--warmup=0",
+    ]
+    assert throughput.main([*flags, f"--trace={tmp_path / 'trace'}"]) == 0
+    (path,) = tmp_path.glob("throughput-*.json")
+    result = json.loads(path.read_text())
+    assert [(row["strategy"], row["path"]) for row in result["rows"]] == [
+        ("s3", "ours"), ("fusedit", "ours"), ("s3", "plain")
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert all(row["seconds_by_part"][part] > 0 for part in PARTS)
+        assert row["images_per_s"] == pytest.approx(2 / row["seconds"])
+    first, fused, plain = result["rows"]
+    assert first["tflop_per_s"] * first["seconds"] == pytest.approx(plain["tflop_per_s"] * plain["seconds"], rel=0.2)
+    assert first["seconds_by_part"]["conditioner, within forward"] > 0
+    assert fused["seconds_by_part"]["conditioner, within forward"] == 0
+    assert json.loads((tmp_path / "trace.s3.json").read_text())["traceEvents"]
+    assert len(report.throughput_table(result).splitlines()) == 7
+
+
+def test_counts_are_checked(capsys):
+    with pytest.raises(SystemExit):
+        throughput.main(["--micro-batch", "0"])
+    assert "--micro-batch: wanted at least 1, got 0" in capsys.readouterr().err
