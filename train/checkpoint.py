@@ -1,80 +1,264 @@
-"""Checkpoints: a folder that is complete before it gets its name, then `latest`, replaced atomically.
+"""Checkpoints that exist or do not: whole tensors under hashes, voted on by all ranks, renamed into place.
 
-DeepSpeed writes the sharded weights and optimiser; beside them each rank writes its share of the moving average.
+A checkpoint holds each parameter's fp32 master, Adam moments and moving average whole, shared out over the ranks'
+files, so that any number of ranks at any ZeRO stage can continue from it. Saving: every rank writes into a partial
+folder, all vote, `manifest.json` (SHA-256 of every file) is written last, the folder gets its name, `latest` is
+replaced atomically. Finding: the manifest is verified by all ranks together, the newest whole checkpoint is taken, a
+broken one is named.
+
+There is no generator state in it: all that is drawn is drawn from (seed, step, sample).
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from train.config import ConfigError
 from train.distributed import Ranks
-from train.engine import Ema
+from train.engine import Ema, FullState
 
-LATEST = "latest"
+LATEST, MANIFEST, STATE = "latest", "manifest.json", "state.json"
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the one before it is untouched."""
 
 
 def _name(step: int) -> str:
     return f"step-{step:07d}"
 
 
-def save(
-    folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, ema: Ema, ranks: Ranks, extra: dict[str, Any], keep: int
-) -> Path:
-    """Write the checkpoint of `step` on all ranks and drop all but the newest `keep`. A collective call.
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-    extra: small values needed to continue (loader place, counters), the same on every rank.
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _together(ranks: Ranks, what: str, work: Callable[[], Any]) -> list[Any]:
+    """Every rank's result of `work`. Raises: CheckpointError on all ranks when it failed on one."""
+    try:
+        outcome: tuple[Any, str | None] = work(), None
+    except Exception as error:  # whatever it is, the other ranks wait for this one's vote
+        outcome = None, f"{type(error).__name__}: {error}"
+    outcomes = ranks.gather(outcome)
+    if failed := [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]:
+        raise CheckpointError(f"checkpoint: {what} failed, the one before is untouched; {'; '.join(failed)}")
+    return [result for result, _ in outcomes]
+
+
+def owners(state: FullState, world: int) -> dict[str, int]:
+    """Which rank writes a parameter: the one with the least so far, the largest parameters first."""
+    load, owner = [0] * world, {}
+    for name in sorted(state.names, key=lambda n: (-state.numel(n), n)):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += state.numel(name)
+    return owner
+
+
+def _my_share(state: FullState, ema: Ema, ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors this rank writes, on the CPU. A collective call: each is gathered by all."""
+    owner, mine = owners(state, ranks.world), {}
+    for kind in KINDS:
+        with ema.in_place_of_masters() if kind == "ema" else contextlib.nullcontext():
+            for name in state.names:
+                value = state.get(name, "master" if kind == "ema" else kind)
+                if owner[name] == ranks.rank:
+                    mine[f"{kind}.{name}"] = value.detach().float().cpu().clone().contiguous()
+    return mine
+
+
+def save(
+    folder: Path,
+    step: int,
+    engine: deepspeed.DeepSpeedEngine,
+    ema: Ema,
+    ranks: Ranks,
+    extra: dict[str, Any],
+    keep: int,
+    keep_every: int = 0,
+) -> Path:
+    """Write the checkpoint of `step` on all ranks and drop the old ones. A collective call.
+
+    extra: small values needed to continue (loader place, counters), the same on every rank; JSON can hold them.
+    keep: how many of the newest stay. keep_every: checkpoints at multiples of it stay too; 0 for none.
+
+    Raises: CheckpointError on all ranks when one could not write; no other checkpoint has changed then.
     """
     final, partial = folder / _name(step), folder / f"partial-{_name(step)}"
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    ranks.barrier()
-    client = {**extra, "step": step, "world": ranks.world}
-    engine.save_checkpoint(str(folder), tag=partial.name, client_state=client, save_latest=False)
-    torch.save({**ema.state_dict(), "zero": engine.zero_optimization_stage()}, partial / f"ema-rank{ranks.rank:05d}.pt")
-    ranks.barrier()  # every rank's files are there
-    if ranks.first:
-        shutil.rmtree(final, ignore_errors=True)
+    state = FullState(engine)
+    name = f"state-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
+
+    def prepare() -> None:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
+        save_file(share, partial / name)
+        files = [name]
+        if ranks.first:
+            facts = {
+                **extra,
+                "step": step,
+                "world": ranks.world,
+                "zero": engine.zero_optimization_stage(),
+                "model": {k: v for k, v in engine.module.config.items() if not k.startswith("_")},
+                "adam_step": state.adam_step,
+                "ema_steps": ema.steps,
+                "schedule_step": engine.lr_scheduler.last_epoch,
+                "versions": {package: version(package) for package in ("torch", "deepspeed")},
+            }
+            _write(partial / STATE, json.dumps(facts, indent=1))
+            files.append(STATE)
+        for file in files:
+            _sync(partial / file)
+        return {f: {"bytes": (partial / f).stat().st_size, "sha256": sha256(partial / f)} for f in files}
+
+    def finish() -> None:
+        if not ranks.first:
+            return
+        manifest = {"step": step, "files": {k: v for part in written for k, v in part.items()}}
+        _write(partial / MANIFEST, json.dumps(manifest, indent=1))
+        _sync(partial)
+        shutil.rmtree(final, ignore_errors=True)  # a broken one that was passed over
         partial.rename(final)
-        pointer = folder / f"{LATEST}.new"
-        pointer.write_text(final.name + "\n")
+        _sync(folder)
+        pointer = folder / f".{LATEST}"
+        _write(pointer, final.name + "\n")
         os.replace(pointer, folder / LATEST)
+        _sync(folder)
         for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    ranks.barrier()
+            if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
+                shutil.rmtree(old)
+
+    try:
+        _together(ranks, f"making {partial}", prepare)
+        share = _my_share(state, ema, ranks)
+        written = _together(ranks, f"writing {partial}", write)
+        _together(ranks, f"finishing {final}", finish)
+    except CheckpointError:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
-def newest(folder: Path) -> Path | None:
-    """The checkpoint `latest` names; without a usable `latest`, the newest complete folder; None if there is none."""
+def fault(path: Path, rank: int = 0, world: int = 1) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None for a whole one. Hashes are shared out over the ranks."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        expected = [(name, int(facts["bytes"]), str(facts["sha256"])) for name, facts in sorted(files.items())]
+    except FileNotFoundError:
+        return f"{path / MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path / MANIFEST} cannot be read: {error}"
+    for i, (name, size, digest) in enumerate(expected):
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes, wanted {size}"
+        if i % world == rank and sha256(file) != digest:
+            return f"{file} is not what was written (SHA-256 differs)"
+    return None
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Checkpoints to try: the one `latest` names, then the others, newest first."""
+    found = sorted(folder.glob("step-*"), reverse=True)
     pointer = folder / LATEST
-    if pointer.is_file() and (folder / pointer.read_text().strip()).is_dir() and pointer.read_text().strip():
-        return folder / pointer.read_text().strip()
-    return max(folder.glob("step-*"), default=None)
+    named = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+    return [*(p for p in found if p == named), *(p for p in found if p != named)]
 
 
-def load(path: Path, engine: deepspeed.DeepSpeedEngine, ema: Ema, ranks: Ranks) -> dict[str, Any]:
-    """Restore weights, optimiser, schedule and average; the `extra` that was saved comes back, with its "step".
+def find(folder: Path, ranks: Ranks) -> Path | None:
+    """The checkpoint to continue from, verified by all ranks together; None where none was ever written.
 
-    Raises: ConfigError when it was saved on another number of ranks or at another ZeRO stage.
+    Broken ones are named on stderr and passed over.
+
+    Raises: ConfigError when there are checkpoints and none is whole: never step 0 in silence.
     """
-    shard = path / f"ema-rank{ranks.rank:05d}.pt"
-    ranks_saved = len(list(path.glob("ema-rank*.pt")))
-    if ranks_saved != ranks.world or not shard.is_file():
-        raise ConfigError(f"resume: {path} was saved on {ranks_saved} ranks, this run has {ranks.world}")
-    average = torch.load(shard, map_location="cpu", weights_only=True)
-    saved, stage = average["zero"], engine.zero_optimization_stage()
-    if saved != stage:
-        raise ConfigError(f"resume: {path} was saved at ZeRO stage {saved}, got --zero {stage}")
-    loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
-    if loaded is None:
-        raise ConfigError(f"resume: DeepSpeed could not load {path}")
-    ema.load_state_dict(average)
-    return client
+    tried = ranks.gather([str(p) for p in candidates(folder)])[0]
+    for path in map(Path, tried):
+        faults = [f for f in ranks.gather(fault(path, ranks.rank, ranks.world)) if f]
+        if not faults:
+            return path
+        if ranks.first:
+            print(f"checkpoint {path.name} is passed over: {faults[0]}", file=sys.stderr, flush=True)
+    if tried or (folder / LATEST).is_file():
+        raise ConfigError(
+            f"resume: none of the {len(tried)} checkpoints in {folder} is whole; delete the folder to start anew"
+        )
+    return None
+
+
+def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
+    """One of KINDS by parameter name, whole, on the CPU."""
+    tensors = {}
+    for file in sorted(path.glob("state-*.safetensors")):
+        with safe_open(file, "pt") as shard:
+            keys = [key for key in list(shard.keys()) if key.startswith(f"{kind}.")]
+            tensors |= {key.removeprefix(f"{kind}."): shard.get_tensor(key) for key in keys}
+    return tensors
+
+
+def load(path: Path, engine: deepspeed.DeepSpeedEngine, ema: Ema) -> dict[str, Any]:
+    """Restore weights, optimiser, schedule and average, whatever ranks and ZeRO stage saved them; what `save` was told
+    comes back, with its "step".
+
+    Raises: ConfigError when the parameters are not this model's.
+    """
+    facts, state = json.loads((path / STATE).read_text()), FullState(engine)
+    for kind in ("ema", "exp_avg", "exp_avg_sq", "master"):  # the average goes by way of the masters
+        tensors = read_tensors(path, kind)
+        if set(tensors) != set(state.names):
+            odd = min(set(tensors) ^ set(state.names))
+            raise ConfigError(f"resume: {path} is of another model: {odd} is not in both")
+        for name in state.names:
+            if tensors[name].numel() != state.numel(name):
+                raise ConfigError(f"resume: {path} is of another model: {name} has another size")
+            state.put(name, "master" if kind == "ema" else kind, tensors.pop(name))
+        if kind == "ema":
+            ema.take_masters(facts["ema_steps"])
+    state.adam_step = facts["adam_step"]
+    state.refresh()
+    schedule = engine.lr_scheduler
+    schedule.last_epoch = facts["schedule_step"]
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+    return facts

@@ -181,6 +181,7 @@ class Config:
         log_every: steps between progress lines.
         checkpoint_every: steps between checkpoints; there is always one at the end.
         keep_checkpoints: how many of the newest are kept.
+        keep_every: checkpoints at multiples of this many steps are kept for good; 0 for none.
         export: write a diffusers pipeline folder at the end.
         model: the DiT's size.
         text: the frozen LLM.
@@ -206,6 +207,7 @@ class Config:
     log_every: int = 50
     checkpoint_every: int = 5000
     keep_checkpoints: int = 3
+    keep_every: int = 0
     export: bool = True
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -345,6 +347,7 @@ def validate(config: Config) -> None:
         positive(name, value)
     for name, count in (
         ("seed", config.seed),
+        ("keep_every", config.keep_every),
         ("optim.warmup_steps", optim.warmup_steps),
         ("text.cache_mb", config.text.cache_mb),
         ("data.workers", config.data.workers),

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, set_z3_leaf_modules
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    set_z3_leaf_modules,
+)
 from torch import Tensor
 
 from sr_model import DiT
@@ -68,19 +76,110 @@ def build_engine(model: DiT, config: Config, world: int, bf16: bool) -> deepspee
 
 def master_partitions(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
     """This rank's own fp32 master weights, whatever the ZeRO stage: flat partitions, or whole parameters at stage 0."""
+    return [p.data for p in _masters(engine)]
+
+
+def _masters(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """The keys of the optimiser's state."""
     sharded = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3
-    if sharded is not None:
-        return [p.data for p in sharded]
-    return [p.data for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    return list(sharded or (p for group in engine.basic_optimizer.param_groups for p in group["params"]))
+
+
+class FullState:
+    """Masters and Adam moments of an engine as whole fp32 tensors by parameter name, at any ZeRO stage.
+
+    `get` and `put` are collective calls: all ranks name the same parameter in the same order.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        self.engine, self.stage = engine, engine.zero_optimization_stage()
+        self.parameters = dict(engine.module.named_parameters())
+        self.names = list(self.parameters)
+        self.optimizer = engine.basic_optimizer
+        self.whole: dict[str, Tensor] = {}  # stage 0: the optimiser's own tensors are whole
+        if self.stage == 0:
+            self.whole = dict(zip(self.names, _masters(engine), strict=True))
+        self.linked = False
+
+    def link(self) -> None:
+        """Make the moments where no step has made them yet, and have DeepSpeed find each parameter's part of them."""
+        if self.linked:
+            return
+        for master in _masters(self.engine):
+            state = self.optimizer.state[master]
+            if "exp_avg" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master.data), torch.zeros_like(master.data)
+        if self.stage in (1, 2):
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self.linked = True
+
+    def numel(self, name: str) -> int:
+        """Elements of a parameter, also of one that ZeRO-3 has partitioned."""
+        parameter = self.parameters[name]
+        return int(getattr(parameter, "ds_numel", None) or parameter.numel())
+
+    def get(self, name: str, kind: str = "master") -> Tensor:
+        """ "master", "exp_avg" or "exp_avg_sq" of a parameter, whole."""
+        if kind != "master":
+            self.link()
+        if self.stage == 0:
+            master = self.whole[name]
+            return master if kind == "master" else self.optimizer.state[master][kind]
+        parameter = self.parameters[name]
+        value = (
+            safe_get_full_fp32_param(parameter) if kind == "master" else safe_get_full_optimizer_state(parameter, kind)
+        )
+        assert value is not None
+        return value
+
+    def put(self, name: str, kind: str, value: Tensor) -> None:
+        """Set what `get` gives. After the last one call `refresh`."""
+        if kind != "master":
+            self.link()
+        if self.stage == 0:
+            master = self.whole[name]
+            (master.data if kind == "master" else self.optimizer.state[master][kind]).copy_(value.view_as(master))
+            return
+        parameter = self.parameters[name]
+        value = value.to(parameter.device)
+        if kind == "master":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+        if kind == "master" and self.stage < 3:
+            parameter.data.copy_(value.view_as(parameter))
+
+    @property
+    def adam_step(self) -> float:
+        """Adam's own count of steps."""
+        return float(next(iter(self.optimizer.state.values()))["step"])
+
+    @adam_step.setter
+    def adam_step(self, count: float) -> None:
+        for state in self.optimizer.state.values():
+            state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), count)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the model's own weights those of the masters."""
+        if self.stage == 0:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(self.whole[name])
+        elif self.stage == 3:
+            optimizer = self.engine.optimizer
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def full_master_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
     """fp32 master weights by parameter name, whole, on the CPU of every rank. A collective call."""
-    named = list(engine.module.named_parameters())
-    if engine.zero_optimization_stage() == 0:
-        masters = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
-        return {name: p.detach().float().cpu().clone() for (name, _), p in zip(named, masters, strict=True)}
-    return {name: safe_get_full_fp32_param(p).detach().float().cpu().clone() for name, p in named}
+    state = FullState(engine)
+    return {name: state.get(name).detach().float().cpu().clone() for name in state.names}
 
 
 class Ema:
@@ -97,22 +196,25 @@ class Ema:
         self.steps += 1
         torch._foreach_lerp_(self.shards, master_partitions(self.engine), 1 - decay)
 
-    @torch.no_grad()
-    def full_state(self) -> dict[str, Tensor]:
-        """The averaged weights by parameter name, whole, on the CPU of every rank. A collective call."""
+    @contextlib.contextmanager
+    def in_place_of_masters(self) -> Iterator[None]:
+        """Inside, the engine's masters hold the average: what is gathered there is the average, whole."""
         masters = master_partitions(self.engine)
         kept = [p.clone() for p in masters]
         torch._foreach_copy_(masters, self.shards)
         try:
-            return full_master_state(self.engine)
+            yield
         finally:
             torch._foreach_copy_(masters, kept)
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's shards and the number of updates."""
-        return {"shards": self.shards, "steps": self.steps}
+    @torch.no_grad()
+    def full_state(self) -> dict[str, Tensor]:
+        """The averaged weights by parameter name, whole, on the CPU of every rank. A collective call."""
+        with self.in_place_of_masters():
+            return full_master_state(self.engine)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave, on the same number of ranks at the same ZeRO stage."""
-        torch._foreach_copy_(self.shards, [s.to(self.shards[0].device) for s in state["shards"]])
-        self.steps = state["steps"]
+    @torch.no_grad()
+    def take_masters(self, steps: int) -> None:
+        """Become what the masters are now, after so many updates."""
+        torch._foreach_copy_(self.shards, master_partitions(self.engine))
+        self.steps = steps

@@ -53,13 +53,13 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> Step:
     for micro_step in range(micro_steps):
         with clock.part("data"):
             images, captions = next(batches)
-        first = (micro_step * ranks.world + ranks.rank) * len(captions)
+        first = micro_step * ranks.world * len(captions)  # a global batch deals its samples to the ranks in turn
         with clock.part("vae"):
             size = (images.shape[2], images.shape[3])
             draws = draw(
                 config.seed,
                 step,
-                range(first, first + len(captions)),
+                range(first + ranks.rank, first + ranks.world * len(captions), ranks.world),
                 parts.codec.latent_shape(*size),
                 posterior=parts.codec.stochastic,
             )
@@ -109,7 +109,7 @@ def train(config: Config) -> int:
     ranks = start()
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     target = min(config.steps, config.stop_at or config.steps)
-    found = checkpoint.newest(checkpoints)
+    found = checkpoint.find(checkpoints, ranks)
     if found is not None and not config.resume:
         raise ConfigError(
             f"out: {folder} holds a run already; give another --out, or drop --resume false to continue it"
@@ -131,7 +131,7 @@ def train(config: Config) -> int:
     step = 0
     first_losses: dict[str, float] = {}
     if found is not None:
-        state = checkpoint.load(found, parts.engine, parts.ema, ranks)
+        state = checkpoint.load(found, parts.engine, parts.ema)
         step, first_losses = state["step"], state["first"]
         parts.loader.load_state_dict(state["loader"])
         say(f"resume     {found}, step {step}")
@@ -173,7 +173,9 @@ def train(config: Config) -> int:
             ranks.barrier()
         if step % config.checkpoint_every == 0 or at_end:
             extra = {"loader": parts.loader.state_dict(), "first": first_losses}
-            path = checkpoint.save(checkpoints, step, parts.engine, parts.ema, ranks, extra, config.keep_checkpoints)
+            path = checkpoint.save(
+                checkpoints, step, parts.engine, parts.ema, ranks, extra, config.keep_checkpoints, config.keep_every
+            )
             log.say(f"step {step}  checkpoint {path}")
         paused += time.perf_counter() - pause
     if target < config.steps:

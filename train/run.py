@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(sys.argv[1:] if argv is None else argv)
         import torch
 
+        from train.checkpoint import CheckpointError
         from train.loop import NonFiniteLoss, train
     except ConfigError as error:
         return fail(error)
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except ConfigError as error:
         return fail(error)
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, CheckpointError) as error:
         fail(error)
         return 1
 

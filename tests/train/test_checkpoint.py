@@ -1,37 +1,121 @@
-"""Which checkpoint is found, and what cannot be continued from it."""
+"""What makes a checkpoint whole, which one is found, and that any stage continues from any other's."""
 
+import json
 import shutil
 
-from train.checkpoint import newest
+import pytest
+import torch
+
+from tests.train.test_run import losses
+from train import checkpoint
+from train.config import ConfigError
+from train.distributed import Ranks
 from train.run import main
 
-
-def test_latest_is_followed_and_without_it_the_newest_complete_folder_is_found(tmp_path):
-    assert newest(tmp_path) is None
-    for name in ("step-0000002", "step-0000010", "partial-step-0000012"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "latest").write_text("step-0000002\n")
-    assert newest(tmp_path).name == "step-0000002"
-    for broken in ("", "\n", "step-0000099\n"):
-        (tmp_path / "latest").write_text(broken)
-        assert newest(tmp_path).name == "step-0000010"
-    (tmp_path / "latest").unlink()
-    assert newest(tmp_path).name == "step-0000010"
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
-def test_only_the_newest_checkpoints_are_kept(train):
-    folder = train("run", "--steps=5", "--checkpoint_every=1", "--keep_checkpoints=2")
-    folders = sorted(p.name for p in (folder / "checkpoints").iterdir() if p.is_dir())
-    assert folders == ["step-0000004", "step-0000005"]
-    assert (folder / "checkpoints" / "latest").read_text() == "step-0000005\n"
+@pytest.fixture(scope="module")
+def run(tiny_flags, tmp_path_factory):
+    """A stopped run with two checkpoints; tests copy it."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "run"
+    flags = ["--steps=6", "--stop_at=4", "--checkpoint_every=2", "--zero=1", "--strategy=s3", "--optim.lr=0.01"]
+    assert main([*tiny_flags, f"--out={folder}", *flags]) == 0
+    return folder
 
 
-def test_another_stage_or_number_of_ranks_is_refused_by_name(train, tiny_flags, capsys):
-    folder = train("run", "--steps=4", "--stop_at=2", "--zero=2")
-    flags = [*tiny_flags, f"--out={folder}", "--steps=4"]
-    assert main([*flags, "--zero=3"]) == 2
-    assert "was saved at ZeRO stage 2, got --zero 3" in capsys.readouterr().err
-    step = folder / "checkpoints" / "step-0000002"
-    shutil.copy(step / "ema-rank00000.pt", step / "ema-rank00001.pt")
-    assert main([*flags, "--zero=2"]) == 2
-    assert "was saved on 2 ranks, this run has 1" in capsys.readouterr().err
+@pytest.fixture
+def folder(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run") / "checkpoints"
+
+
+def test_the_newest_whole_checkpoint_is_found_whatever_latest_says(folder):
+    assert checkpoint.find(folder / "absent", ALONE) is None
+    assert checkpoint.find(folder, ALONE).name == "step-0000004"
+    (folder / "latest").write_text("step-0000002\n")
+    assert checkpoint.find(folder, ALONE).name == "step-0000002"
+    for broken in ("", "\n", "step-0000099\n", "../step-0000002\n"):
+        (folder / "latest").write_text(broken)
+        assert checkpoint.find(folder, ALONE).name == "step-0000004"
+    (folder / "latest").unlink()
+    (folder / "partial-step-0000009").mkdir()
+    assert checkpoint.find(folder, ALONE).name == "step-0000004"
+
+
+def flip(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda p: flip(p / "state-00000-of-00001.safetensors"), "state-00000-of-00001.safetensors is not what was"),
+        (lambda p: flip(p / "state.json", 40), "state.json is not what was written"),
+        (lambda p: (p / "state.json").unlink(), "state.json is missing"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 bytes"),
+    ],
+)
+def test_a_broken_checkpoint_is_named_and_passed_over(folder, harm, message, capsys):
+    harm(folder / "step-0000004")
+    assert checkpoint.find(folder, ALONE).name == "step-0000002"
+    printed = capsys.readouterr().err
+    assert "checkpoint step-0000004 is passed over: " in printed
+    assert message in printed
+
+
+def test_with_none_whole_the_run_does_not_start_anew(folder, tiny_flags, capsys):
+    for step in folder.glob("step-*"):
+        flip(step / "state.json", 40)
+    assert main([*tiny_flags, f"--out={folder.parent}", "--steps=6", "--strategy=s3"]) == 2
+    assert f"error: resume: none of the 2 checkpoints in {folder} is whole" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "latest").write_text("step-0000004\n")
+    with pytest.raises(ConfigError, match="none of the 0 checkpoints"):
+        checkpoint.find(folder, ALONE)
+
+
+def test_only_the_newest_and_the_chosen_checkpoints_are_kept(train):
+    flags = ("--steps=5", "--checkpoint_every=1", "--keep_checkpoints=2", "--keep_every=2")
+    kept = train("run", *flags) / "checkpoints"
+    assert sorted(p.name for p in kept.iterdir() if p.is_dir()) == ["step-0000002", "step-0000004", "step-0000005"]
+    assert (kept / "latest").read_text() == "step-0000005\n"
+
+
+def test_a_failed_write_leaves_the_one_before_and_no_partial_folder(folder, tiny_flags, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    flags = ["--steps=6", "--checkpoint_every=2", "--zero=1", "--strategy=s3", "--optim.lr=0.01"]
+    assert main([*tiny_flags, f"--out={folder.parent}", *flags]) == 1
+    assert "the one before is untouched; rank 0: OSError: [Errno 28] No space left" in capsys.readouterr().err
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-0000002", "step-0000004"]
+    assert checkpoint.find(folder, ALONE).name == "step-0000004"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_every_stage_continues_from_every_other(train, dtype):
+    common = ("--strategy=s3", "--steps=4", f"--dtype={dtype}", "--optim.lr=0.01")
+    whole = losses(train("whole", *common, "--zero=1"))
+    # under bf16 stage 0 accumulates gradients in bf16: another run from its first step
+    for before, after in ((0, 3), (3, 2), (2, 0)) if dtype == "fp32" else ((1, 3), (3, 2)):
+        name = f"from-{before}-to-{after}"
+        train(name, *common, f"--zero={before}", "--stop_at=2")
+        mixed = losses(train(name, *common, f"--zero={after}"))
+        for step, loss in whole.items():
+            assert mixed[step] == pytest.approx(loss, rel=1e-5 if dtype == "fp32" else 1e-2)
+
+
+def test_what_is_kept_is_whole_tensors_shared_out_by_size(folder):
+    path = folder / "step-0000004"
+    facts = json.loads((path / "state.json").read_text())
+    assert (facts["step"], facts["world"], facts["zero"], facts["model"]["strategy"]) == (4, 1, 1, "s3")
+    tensors = {kind: checkpoint.read_tensors(path, kind) for kind in checkpoint.KINDS}
+    assert {tuple(sorted(t)) for t in tensors.values()} == {tuple(sorted(tensors["master"]))}
+    assert all(t.dtype == torch.float32 for kind in tensors.values() for t in kind.values())
+    assert not torch.equal(tensors["ema"]["proj_out.weight"], tensors["master"]["proj_out.weight"])
