@@ -33,6 +33,7 @@ from train.assemble import Parts
 from train.config import Config, DataConfig
 from train.distributed import Ranks, peak_flops, start
 from train.engine import Ema, build_engine
+from train.guards import Guard
 from train.loop import training_step
 from train.runlog import PARTS, Clock
 
@@ -148,20 +149,21 @@ def measure(parts: Parts, path: str, arguments: argparse.Namespace, setting: Set
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     clock, steps, number = Clock(device), [], 0
+    guard = Guard(parts.config.guard, parts.engine, ranks)
     label = f"{strategy}, {path}"
     for i in tqdm(range(arguments.warmup + arguments.steps), desc=label, unit="step", disable=not ranks.first):
         began = time.perf_counter()
-        taken = training_step(parts, number, source, clock)
+        taken = training_step(parts, number, source, clock, guard)
         number += 1
         split = clock.read()  # waits for the GPU
         if i >= arguments.warmup:
             steps.append((time.perf_counter() - began, taken, split))
     with conditioner_clock(parts, clock) as conditioner:
-        training_step(parts, number, source, clock)
+        training_step(parts, number, source, clock, guard)
     clock.read()
     if arguments.trace and path == "ours":
         with torch.profiler.profile() as profiler:
-            training_step(parts, number + 1, source, clock)
+            training_step(parts, number + 1, source, clock, guard)
         if ranks.first:
             profiler.export_chrome_trace(str(arguments.trace.with_suffix(f".{strategy}.json")))
     seconds = statistics.median(s for s, _, _ in steps)

@@ -160,6 +160,21 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What is done when a step goes wrong.
+
+    Args:
+        max_skipped: give up after so many steps in a row whose loss or gradient was not finite; each changes nothing.
+        spike: say so when a loss is this many deviations above the median of the last 100; 0 never.
+        stall_seconds: end a rank that stays in one part of a step for longer, with its stacks; 0 never.
+    """
+
+    max_skipped: int = 10
+    spike: float = 10.0
+    stall_seconds: float = 1800.0
+
+
+@dataclass(frozen=True)
 class Config:
     """Train a diffusion transformer conditioned on every layer of a frozen LLM.
 
@@ -189,6 +204,7 @@ class Config:
         optim: the optimiser.
         flow: flow matching.
         eval: validation and pictures.
+        guard: what is done when a step goes wrong.
     """
 
     strategy: Strategy = "s2"
@@ -215,6 +231,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     @property
     def folder(self) -> Path:
@@ -239,7 +256,8 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
         description="Train a diffusion transformer conditioned on every layer of a frozen LLM. With no flag but "
         f"--strategy it runs the embedded demo. Presets: {', '.join(presets())}.",
-        epilog="Exit codes: 0 finished, 1 failed, 2 a setting cannot be used.",
+        epilog="Exit codes: 0 finished, 1 failed, 2 a setting cannot be used, 70 a rank stalled, 75 stopped by SIGTERM "
+        "or SIGUSR1 with a checkpoint (start the same command again to continue).",
     )
     parser.add_argument("--config", action="config", help="a YAML file of settings, such as a run's config.yaml")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
@@ -288,7 +306,7 @@ def _build(name: str, value: Any) -> Any:
     return section(**value)  # type: ignore[misc]
 
 
-SECTIONS = ("model", "text", "data", "optim", "flow", "eval")
+SECTIONS = ("model", "text", "data", "optim", "flow", "eval", "guard")
 
 
 def _one_line(message: str) -> str:
@@ -342,6 +360,7 @@ def validate(config: Config) -> None:
         ("eval.grid", ev.grid),
         ("eval.steps", ev.steps),
         ("eval.batch_size", ev.batch_size),
+        ("guard.max_skipped", config.guard.max_skipped),
         *((f"model.{f.name}", getattr(config.model, f.name)) for f in fields(ModelConfig) if f.name != "size"),
     ):
         positive(name, value)
@@ -356,6 +375,8 @@ def validate(config: Config) -> None:
         ("eval.score", ev.score),
     ):
         want(count >= 0, name, "0 or more")
+    for name, amount in (("guard.spike", config.guard.spike), ("guard.stall_seconds", config.guard.stall_seconds)):
+        want(math.isfinite(amount) and amount >= 0, name, "a finite number of at least 0")
     share("optim.weight_decay", optim.weight_decay)
     share("optim.ema", optim.ema)
     share("flow.prompt_drop", flow.prompt_drop)

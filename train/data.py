@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def collate(samples: list[dict[str, Any]]) -> tuple[Tensor, list[str]]:
     return torch.stack([s["image"] for s in samples]), [s["caption"] for s in samples]
 
 
+def _outlive_signals(worker: int) -> None:
+    """A signal to the whole process group is the trainer's to answer: it still needs its workers for a step."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class TrainLoader:
     """Endless micro-batches of one rank, epoch after epoch, shuffled by seed and epoch; its place can be saved."""
 
@@ -77,6 +84,7 @@ class TrainLoader:
             collate_fn=collate,
             drop_last=True,
             persistent_workers=False,
+            worker_init_fn=_outlive_signals,
         )
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:

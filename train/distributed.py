@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -43,8 +44,10 @@ class Ranks:
         return values
 
 
-def start() -> Ranks:
+def start(timeout_seconds: float = 1800.0) -> Ranks:
     """Set what is missing for a single process, tell streaming how many ranks share a node, open the process group.
+
+    timeout_seconds: how long a collective call waits for the other ranks; 0 for ever.
 
     Raises: ConfigError on all ranks when the nodes have different numbers of them, or do not number them in turn.
     """
@@ -66,7 +69,7 @@ def start() -> Ranks:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_seconds or 1e6))
     world = int(os.environ["WORLD_SIZE"])
     ranks = Ranks(int(os.environ["RANK"]), world, local_rank, device, max(1, world // local_world))
     places = ranks.gather((local_rank, local_world))

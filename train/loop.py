@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from sr_model import DiT
 from sr_model.flops import forward as forward_flops
@@ -19,15 +18,12 @@ from sr_model.flow import interpolate, logit_normal_times, velocity
 from train import checkpoint
 from train.assemble import Parts, assemble
 from train.config import Config, ConfigError
-from train.distributed import Ranks, peak_flops, start
+from train.distributed import peak_flops, start
 from train.draws import draw
 from train.evaluate import Evaluator, fusion_row, score_table
+from train.guards import PREEMPTED, Guard, Watchdog, skip_step
 from train.pictures import loss_curve, sample_grid
 from train.runlog import PARTS, Clock, RunLog
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite on some rank; the weights are those of the step before."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +31,23 @@ class Step:
     """One optimiser step: the mean loss over all ranks; text tokens and FLOPs of this rank.
 
     flops: of DiT and conditioner, forward and backward without recomputation, real tokens only.
+    applied: whether the weights changed; a step that is not finite on some rank changes nothing on any.
     """
 
     loss: float
     tokens: int
     flops: int
+    applied: bool = True
 
 
-def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> Step:
+def training_step(parts: Parts, step: int, batches: Any, clock: Clock, guard: Guard) -> Step:
     """One optimiser step over its micro-batches.
 
-    Raises: NonFiniteLoss on all ranks together, before the weights change.
+    Raises: NonFiniteSteps on all ranks together.
     """
     config, ranks, engine = parts.config, parts.ranks, parts.engine
     micro_steps = engine.gradient_accumulation_steps()
-    losses, tokens, flops, dit = [], 0, 0, engine.module
+    losses, tokens, flops, applied, dit = [], 0, 0, True, engine.module
     for micro_step in range(micro_steps):
         with clock.part("data"):
             images, captions = next(batches)
@@ -78,35 +76,30 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock) -> Step:
             image_tokens = data[0, 0].numel() // dit.config.patch_size**2
             flops += 3 * forward_flops(dit, image_tokens, text.lengths).total
             losses.append(loss.detach())
-            if not all_finite(losses[-1], ranks):
-                raise NonFiniteLoss(f"loss: not finite at step {step + 1}; the weights of step {step} are untouched")
+            guard.look_at(losses[-1])
         with clock.part("backward"):
             engine.backward(loss)
         with clock.part("optimizer"):
-            engine.step()
-    with clock.part("optimizer"):
-        parts.ema.update()
+            if micro_step < micro_steps - 1:
+                engine.step()  # only counts the micro-step
+            elif applied := guard.verdict(step + 1):
+                engine.step()
+                parts.ema.update()
+            else:
+                skip_step(engine)
     mean = torch.stack(losses).mean()
     if ranks.world > 1:
         torch.distributed.all_reduce(mean)
         mean /= ranks.world
-    return Step(mean.item(), tokens, flops)
-
-
-def all_finite(value: Tensor, ranks: Ranks) -> bool:
-    """Whether the value is finite on every rank. A collective call."""
-    bad = (~torch.isfinite(value)).float().view(1)
-    if ranks.world > 1:
-        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX)
-    return bad.item() == 0
+    return Step(mean.item(), tokens, flops, applied)
 
 
 def train(config: Config) -> int:
-    """Run the training program; 0 when it finished or was stopped where asked.
+    """Run the training program; 0 when it finished or was stopped where asked, PREEMPTED when a signal stopped it.
 
-    Raises: ConfigError for a setting that cannot be used, NonFiniteLoss.
+    Raises: ConfigError for a setting that cannot be used, NonFiniteSteps, CheckpointError.
     """
-    ranks = start()
+    ranks = start(config.guard.stall_seconds)
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     target = min(config.steps, config.stop_at or config.steps)
     found = checkpoint.find(checkpoints, ranks)
@@ -138,7 +131,9 @@ def train(config: Config) -> int:
     elif ranks.first:
         (folder / "config.yaml").write_text(config.to_yaml())
     log = RunLog(folder, ranks.first, config.steps, step)
-    clock = Clock(ranks.device)
+    guard, watchdog = Guard(config.guard, parts.engine, ranks), Watchdog(config.guard.stall_seconds, ranks.rank)
+    guard.listen()
+    clock = Clock(ranks.device, watchdog.at)
     batches = iter(parts.loader)
     if step == 0:
         losses = evaluator.validate(evaluator.model(parts.ema.full_state()))
@@ -148,22 +143,27 @@ def train(config: Config) -> int:
     since, window, began, trained = step, [], time.perf_counter(), step
     spent = dict.fromkeys(PARTS, 0.0)
     seconds, paused = 0.0, 0.0  # of training; of validations and checkpoints since `began`
-    while step < target:
-        taken = training_step(parts, step, batches, clock)
+    while step < target and not guard.stopping:
+        watchdog.at("data", step + 1)
+        taken = training_step(parts, step, batches, clock, guard)
         step += 1
         window.append(taken)
-        first_losses.setdefault("loss", taken.loss)
+        watch(log, step, taken, guard)
+        if taken.applied:
+            first_losses.setdefault("loss", taken.loss)
         log.advance(step)
+        target = step if guard.stopping else target  # a signal: what is done at the end is done now
         if step % config.log_every == 0 or step == target:
             elapsed = time.perf_counter() - began - paused
             split = clock.read()
             seconds += elapsed
             spent = {part: spent[part] + split[part] for part in PARTS}
-            report(log, parts, step, window, elapsed, split, config.batch_size * (step - since))
+            report(log, parts, step, window, elapsed, split, config.batch_size * (step - since), guard.skipped)
             since, window, paused = step, [], 0.0
             began = time.perf_counter()
         at_end, pause = step == target, time.perf_counter()
-        if (config.eval.every and step % config.eval.every == 0) or at_end:
+        if ((config.eval.every and step % config.eval.every == 0) or at_end) and not guard.stopping:
+            watchdog.at("")
             model = evaluator.model(parts.ema.full_state())
             losses = evaluator.validate(model)
             log.write({"step": step, **losses, **fusion_row(model)})
@@ -172,28 +172,49 @@ def train(config: Config) -> int:
                 draw_grid(evaluator, model, folder / "samples" / f"step-{step:07d}.png", log, step)
             ranks.barrier()
         if step % config.checkpoint_every == 0 or at_end:
+            watchdog.at("checkpoint")
             extra = {"loader": parts.loader.state_dict(), "first": first_losses}
             path = checkpoint.save(
                 checkpoints, step, parts.engine, parts.ema, ranks, extra, config.keep_checkpoints, config.keep_every
             )
             log.say(f"step {step}  checkpoint {path}")
         paused += time.perf_counter() - pause
-    if target < config.steps:
+    watchdog.at("")
+    if guard.stopping:
+        say(f"stopped by a signal at step {step} of {config.steps}; the same command continues (exit code {PREEMPTED})")
+    elif target < config.steps:
         say(f"stopped at step {step} of {config.steps}; the same command without --stop_at continues")
     else:
         finish(evaluator, parts, log, step - trained, seconds, spent, first_losses)
+    watchdog.close()
+    guard.close()
     log.close()
     parts.loader.close()
-    return 0
+    return PREEMPTED if guard.stopping else 0
+
+
+def watch(log: RunLog, step: int, taken: Step, guard: Guard) -> None:
+    """Say what is odd about a step."""
+    if not taken.applied:
+        log.write({"step": step, "skipped": guard.skipped})
+        log.say(
+            f"step {step}  skipped: loss or gradient is not finite ({guard.in_a_row} in a row, {guard.skipped} in all)"
+        )
+    elif (height := guard.spike(taken.loss)) is not None:
+        log.write({"step": step, "spike": height})
+        log.say(f"step {step}  loss {taken.loss:.4f} is {height:.0f} deviations above the median of the last 100")
 
 
 def report(
     log: RunLog, parts: Parts, step: int, window: list[Step], elapsed: float, split: dict[str, float],
-    samples: int,
+    samples: int, skipped: int,
 ) -> None:  # fmt: skip
-    """The progress line and the row of the last `window` steps."""
+    """The progress line and the row of the last `window` steps; the loss is of those that were applied."""
     config = parts.config
-    loss = math.fsum(taken.loss for taken in window) / len(window)
+    applied = [taken.loss for taken in window if taken.applied]
+    if not applied:
+        return
+    loss = math.fsum(applied) / len(applied)
     rate = samples / elapsed
     left = (config.steps - step) * elapsed / len(window)
     norm = parts.engine.get_global_grad_norm()
@@ -206,6 +227,7 @@ def report(
         "grad_norm": float(norm) if norm is not None else None,
         "images_per_s": rate,
         "text_tokens_per_image": sum(taken.tokens for taken in window) * parts.ranks.world / samples,
+        "skipped_steps": skipped,
         "truncated_captions": parts.encoder.truncated,
         "encoded_captions": parts.encoder.encoded,
         **{f"seconds_{part}": seconds / len(window) for part, seconds in split.items()},
@@ -215,6 +237,7 @@ def report(
     }
     log.write(row)
     cut = f", {parts.encoder.truncated} captions cut" if parts.encoder.truncated else ""
+    cut += f", {skipped} steps skipped" if skipped else ""
     mfu = "" if peak is None else f"MFU {100 * achieved / peak:.1f}%  "
     log.say(
         f"step {step}/{config.steps}  loss {loss:.4f}  {rate:.1f} images/s  {mfu}ETA {left / 60:.1f} min  "

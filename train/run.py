@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from train.checkpoint import CheckpointError
-        from train.loop import NonFiniteLoss, train
+        from train.guards import NonFiniteSteps
+        from train.loop import train
     except ConfigError as error:
         return fail(error)
     try:
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except ConfigError as error:
         return fail(error)
-    except (NonFiniteLoss, CheckpointError) as error:
+    except (NonFiniteSteps, CheckpointError) as error:
         fail(error)
         return 1
 

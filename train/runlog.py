@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ PARTS = ("data", "vae", "llm", "forward", "backward", "optimizer")
 class Clock:
     """Seconds spent in each part of the steps since the last reading. On a GPU the device's time, by events."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, on_part: Callable[[str], None] = lambda name: None) -> None:
+        self.on_part = on_part  # told of every part that begins
         self.cuda = device.type == "cuda"
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -27,6 +28,7 @@ class Clock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Charge what happens inside to `name`, one of PARTS."""
+        self.on_part(name)
         if self.cuda and name != "data":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -1,7 +1,9 @@
 """A tiny run's surroundings: the random Llama as a folder, a small shapes corpus, the flags that name them."""
 
 import pytest
+import torch
 
+from train.distributed import Ranks
 from train.prepare import prepare_shapes
 from train.run import main
 
@@ -41,3 +43,9 @@ def train(tiny_flags, tmp_path):
         return tmp_path / name
 
     return run
+
+
+@pytest.fixture
+def ranks_alone():
+    """One rank on the CPU."""
+    return Ranks(0, 1, 0, torch.device("cpu"))

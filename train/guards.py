@@ -1,0 +1,170 @@
+"""What keeps a run from harm: steps that are not finite, losses that jump, signals, steps that never end.
+
+`Guard.verdict` is the one collective of a step: it tells all ranks alike whether some rank's loss or gradient is not
+finite (DeepSpeed itself looks at few combinations of type and ZeRO stage), and whether some rank was told to stop.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from train.config import GuardConfig
+from train.distributed import Ranks
+
+PREEMPTED, STALLED = 75, 70  # exit codes: a checkpoint was written on a signal; a step did not end (sysexits.h)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class NonFiniteSteps(RuntimeError):
+    """Loss or gradient was not finite too many steps in a row; the weights are those of the last good step."""
+
+
+class Guard:
+    """Watches loss and gradients of one engine, and the signals of this process. Make one a run.
+
+    skipped: steps that changed nothing, so far. stopping: a rank was told to stop.
+    """
+
+    def __init__(self, config: GuardConfig, engine: deepspeed.DeepSpeedEngine, ranks: Ranks) -> None:
+        self.config, self.ranks, self.engine = config, ranks, engine
+        self.skipped, self.in_a_row, self.stopping = 0, 0, False
+        self._odd = torch.zeros((), device=ranks.device)  # 0 as long as all is finite, then NaN
+        self._losses: deque[float] = deque(maxlen=100)
+        self._asked = False
+        self._before: dict[int, Any] = {}
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self.look_at)
+
+    def look_at(self, value: Tensor) -> None:
+        """Note a loss or a gradient; nothing waits for the device."""
+        self._odd += value.detach().sum(dtype=torch.float32) * 0  # infinite or NaN times 0 is NaN
+
+    def listen(self) -> None:
+        """Take SIGTERM and SIGUSR1 as the wish to stop after this step with a checkpoint. Main thread only."""
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def verdict(self, step: int) -> bool:
+        """Whether the step may change the weights: the same answer on all ranks. A collective call.
+
+        Raises: NonFiniteSteps after guard.max_skipped steps in a row.
+        """
+        votes = torch.stack([(~torch.isfinite(self._odd)).float(), torch.full_like(self._odd, float(self._asked))])
+        self._odd.zero_()
+        if self.ranks.world > 1:
+            torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        odd, asked = votes.tolist()
+        self.stopping = self.stopping or bool(asked)
+        if not odd:
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.config.max_skipped:
+            raise NonFiniteSteps(
+                f"loss or gradient: not finite in {self.in_a_row} steps in a row (guard.max_skipped), the last is step "
+                f"{step}; the weights of step {step - self.in_a_row} are untouched"
+            )
+        return False
+
+    def spike(self, loss: float) -> float | None:
+        """How many deviations a loss lies above the median of the last 100, where that is more than guard.spike.
+
+        The deviation is 1.4826 times the median absolute one, so that earlier spikes do not hide the next.
+        """
+        before = list(self._losses)
+        self._losses.append(loss)
+        if not self.config.spike or len(before) < 20:
+            return None
+        median = statistics.median(before)
+        deviation = 1.4826 * statistics.median(abs(x - median) for x in before)
+        height = (loss - median) / max(deviation, 1e-12)
+        return height if height > self.config.spike else None
+
+
+def skip_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """`engine.step()` without a step: the gradients are dropped, weights, moments and schedule stay as they are."""
+    optimizer = engine.optimizer
+    own = optimizer.__dict__.get("step")  # the learning-rate schedule wraps it there
+
+    def drop(*_: Any, **__: Any) -> None:
+        if hasattr(optimizer, "_overflow_clean_up"):  # ZeRO-3
+            optimizer.micro_step_id = 0
+            optimizer._overflow_clean_up(None)
+        elif hasattr(optimizer, "averaged_gradients"):  # ZeRO-1 and 2
+            optimizer.micro_step_id = -1
+            optimizer.zero_grad(set_to_none=True)
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+                optimizer.all_grad_tensors[group] = None
+        else:
+            optimizer.zero_grad()
+
+    had = getattr(optimizer, "overflow", None)
+    optimizer.step, optimizer.overflow = drop, True  # so the engine neither steps the schedule nor counts a step
+    try:
+        engine.step()
+    finally:
+        if own is None:
+            del optimizer.step
+        else:
+            optimizer.step = own
+        if had is None:
+            del optimizer.overflow
+        else:
+            optimizer.overflow = had
+
+
+class Watchdog:
+    """Ends this process when a phase takes longer than `seconds`, and says which rank hung, where, and its stacks."""
+
+    def __init__(self, seconds: float, rank: int) -> None:
+        self.seconds, self.rank = seconds, rank
+        self._phase, self._since, self._step = "", None, 0  # type: str, float | None, int
+        self._done = threading.Event()
+        if seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def at(self, phase: str, step: int | None = None) -> None:
+        """This phase begins now; "" for one that may take any time."""
+        self._step = self._step if step is None else step
+        self._phase, self._since = phase, time.monotonic() if phase else None
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(1.0, self.seconds / 4)):
+            since, phase = self._since, self._phase
+            if since is not None and time.monotonic() - since > self.seconds:
+                print(
+                    f"error: rank {self.rank} has been in {phase!r} of step {self._step} for more than "
+                    f"{self.seconds:g} s (guard.stall_seconds); its stacks:",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(sys.stderr, all_threads=True)
+                os._exit(STALLED)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._done.set()
