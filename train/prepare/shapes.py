@@ -1,6 +1,6 @@
-"""Prepares training data: `python -m train.prepare shapes --out DIR` writes the built-in shapes corpus as MDS shards.
+"""The subcommand `shapes`: the built-in corpus of coloured shapes as MDS shards.
 
-A data set is written into a temporary folder beside DIR and renamed into place, so DIR is complete or not there.
+It is written into a temporary folder beside DIR and renamed into place, so DIR is complete or not there.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
@@ -100,13 +99,6 @@ def prepare_shapes(
     return corpus
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad command line in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def _mix(text: str) -> dict[str, float]:
     try:
         return {skill.strip(): float(share) for skill, share in (item.split("=") for item in text.split(","))}
@@ -114,7 +106,8 @@ def _mix(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(f"got {text!r}, want skill=share,skill=share,...") from None
 
 
-def _add_shapes(commands: Any) -> None:
+def add_shapes(commands: Any) -> None:
+    """The subcommand's flags."""
     shapes = commands.add_parser(
         "shapes",
         help="the built-in corpus of coloured shapes",
@@ -141,25 +134,3 @@ def _add_shapes(commands: Any) -> None:
     )
     add("--compression", default=default.compression, metavar="none|zstd", help="compression of the shards")
     shapes.set_defaults(prepare=prepare_shapes)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, 1 if the disk cannot be written, or 2 for a bad argument, named in one line."""
-    parser = _Parser(prog="python -m train.prepare", description="Turns pictures and captions into training shards.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    _add_shapes(commands)
-    options = vars(parser.parse_args(argv))
-    prepare = options.pop("prepare")
-    try:
-        prepare(**options)
-    except BadArgument as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from streaming import StreamingDataset
 
-import train.prepare
-from train.prepare import main, prepare_shapes
+from train.prepare import prepare_shapes, shapes
+from train.prepare.__main__ import main
 from train.shapes.corpus import DEFAULT_MIX, BadArgument, read_prompts
 from train.shapes.render import render
 from train.shapes.scene import Scene
@@ -153,7 +153,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, error):
         (folder / "train" / "shard.00000.mds").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(train.prepare, "write_corpus", fail)
+    monkeypatch.setattr(shapes, "write_corpus", fail)
     with pytest.raises(type(error)):
         prepare_shapes(tmp_path / "x", **SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -163,23 +163,23 @@ def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch, capsys):
     def fail(folder, arguments, tick):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.prepare, "write_corpus", fail)
+    monkeypatch.setattr(shapes, "write_corpus", fail)
     assert main(["shapes", "--out", str(tmp_path / "x")]) == 1
     assert capsys.readouterr().err == "python -m train.prepare: error: [Errno 28] No space left on device\n"
 
 
 def test_two_writers_of_the_same_corpus_agree(corpus, tmp_path, monkeypatch):
     out = tmp_path / "x"
-    write = train.prepare.write_corpus
+    write = shapes.write_corpus
 
     def other_writer_wins(folder, arguments, tick):
         result = write(folder, arguments, tick)
         if not out.exists():
-            monkeypatch.setattr(train.prepare, "write_corpus", write)
+            monkeypatch.setattr(shapes, "write_corpus", write)
             prepare_shapes(out, **SMALL)
         return result
 
-    monkeypatch.setattr(train.prepare, "write_corpus", other_writer_wins)
+    monkeypatch.setattr(shapes, "write_corpus", other_writer_wins)
     assert prepare_shapes(out, **SMALL) == json.loads((out / "corpus.json").read_text())
     assert contents(out) == contents(corpus)
     assert list(tmp_path.iterdir()) == [out]
