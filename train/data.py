@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,14 @@ def _outlive_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register  # runs before multiprocessing's own hook, which asks by SIGTERM and then waits for ever
+def end_workers() -> None:
+    """Kill this process's loader workers, deaf to SIGTERM as they are; they hold nothing worth keeping."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 class TrainLoader:
     """Endless micro-batches of one rank, epoch after epoch, shuffled by seed and epoch; its place can be saved."""
 
@@ -109,7 +118,8 @@ class TrainLoader:
             self.loader.load_state_dict(state)
 
     def close(self) -> None:
-        """Free what the dataset shares with other processes."""
+        """End the workers, and free what the dataset shares with other processes."""
+        end_workers()
         release(self.dataset)
 
 
