@@ -240,6 +240,40 @@ def throughput_table(result: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{note}; {source(result)}"
 
 
+def projection_table(result: dict[str, Any]) -> str:
+    """What a GPU should need, and how it was reckoned."""
+    rows, base = result["rows"], result["rows"][0]
+
+    def cell(value: float, one: float) -> str:
+        return f"{value * 1e3:.0f} ms ({100 * (value / one - 1):+.1f}%)"
+
+    cells = [
+        (
+            row["strategy"],
+            *(cell(seconds, base["picture"][n]) for n, seconds in row["picture"].items()),
+            "-"
+            if row["picture_plain"] is None
+            else f"{row['picture_plain'] / next(iter(row['picture'].values())):.2f}",
+            cell(row["step"], base["step"]),
+            "-" if row["step_plain"] is None else f"{row['step_plain'] / row['step']:.2f}",
+        )
+        for row in rows
+    ]
+    training = result["training"]
+    head = (
+        "strategy", *(f"picture, {n}-token prompt (over b1)" for n in base["picture"]), "plain path, times as long",
+        "training step (over b1)", "plain path, times as long",
+    )  # fmt: skip
+    note = (
+        f"Not measured: FLOPs over {percent(result['shares'][0])} of {result['peak'] / 1e12:.1f} TFLOP/s, and "
+        f"routing's bytes over {percent(result['shares'][1])} of {result['copy'] / 1e12:.1f} TB/s. A picture: 512x512, "
+        f"50 steps, guided; the plain path pads to 512 tokens and is set against the 128-token prompt. A training step: "
+        f"{training['micro_batch']} pictures of 256x256, {training['caption']}-token captions, the LLM included; "
+        f"`{result['command']}`"
+    )
+    return f"{table(head, cells)}\n\n{note}"
+
+
 def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
     """A PNG: achieved arithmetic over arithmetic intensity, with each device's measured copy bandwidth as the roof."""
     import matplotlib
@@ -281,6 +315,8 @@ def sections() -> dict[str, str]:
         found["overhead"] = "\n\n".join([counted_table(overhead[0]), *(part for parts in measured for part in parts)])
     if throughput := sorted(RESULTS.glob("throughput-*.json")):
         found["throughput"] = "\n\n".join(throughput_table(json.loads(path.read_text())) for path in throughput)
+    if (RESULTS / "projection.json").is_file():
+        found["projection"] = projection_table(json.loads((RESULTS / "projection.json").read_text()))
     return found
 
 
