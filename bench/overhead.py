@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ PAPER_TABLE = {
     "s3": (2249, 470, 2523),
     "fusedit": (1712, 357, 2575),
 }
-FACTORS = ("plain", "unpad", "fuse", "fold", "cache")  # each adds one to those before it
+FACTORS = ("plain", "unpad", "fuse", "fold", "cache", "compile")  # each adds one to those before it
 
 
 @contextmanager
@@ -77,6 +77,18 @@ def draw(pipe: SemanticRoutingPipeline, tokens: int, start: Tensor, steps: int) 
     ).images  # fmt: skip
 
 
+@contextmanager
+def plain_blocks(pipe: SemanticRoutingPipeline) -> Iterator[None]:
+    """Inside, blocks that were compiled run as they were written."""
+    kept = [block.__dict__.pop("forward", None) for block in pipe.transformer.blocks]
+    try:
+        yield
+    finally:
+        for block, forward in zip(pipe.transformer.blocks, kept, strict=True):
+            if forward is not None:
+                block.forward = forward
+
+
 def factor(pipe: SemanticRoutingPipeline, name: str, tokens: int, start: Tensor, setting: Setting) -> Tensor:
     """The same picture with the factors up to `name`."""
     if name == "plain":
@@ -85,8 +97,9 @@ def factor(pipe: SemanticRoutingPipeline, name: str, tokens: int, start: Tensor,
     conditioner = pipe.transformer.conditioner
     pipe.cache_text_kv = at >= FACTORS.index("cache")
     conditioner.fold = None if at >= FACTORS.index("fold") else False
+    compiled = nullcontext() if at >= FACTORS.index("compile") else plain_blocks(pipe)
     try:
-        with routing_backend(None if at >= FACTORS.index("fuse") else "reference"):
+        with routing_backend(None if at >= FACTORS.index("fuse") else "reference"), compiled:
             return draw(pipe, tokens, start, setting.steps)
     finally:
         pipe.cache_text_kv, conditioner.fold = True, None
@@ -103,7 +116,7 @@ def predicted(model: DiT, llm_config: Any, name: str, tokens: int, setting: Sett
         products += flops.llm_products(llm_config, model.config.text_layers, [padded] * 2)
         products -= 2 * padded * model.config.text_layers * flops.llm_layer_products(llm_config)  # counted below
         return 2 * products + flops.paper_sampling(model, llm_config, setting.image_tokens, padded, setting.steps).total
-    if name == "cache":
+    if name in ("cache", "compile"):
         return once.total
     model.conditioner.fold = None if name == "fold" else False
     try:
@@ -150,12 +163,15 @@ def peak(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def measure(
-    setting: Setting, strategies: list[str], rounds: int, factors: bool, device: torch.device
+    setting: Setting, strategies: list[str], rounds: int, factors: bool, compiled: bool, device: torch.device
 ) -> dict[str, Any]:
-    """Latencies of the strategies, and of the factors."""
+    """Latencies of the strategies, and of the factors; `compiled`: the blocks of ours by torch.compile."""
     dtype, words = torch.bfloat16, tokenizer()
     llm = language_model(setting, device, dtype)
     pipes = {s: pipeline(dit(s, setting, device, dtype), llm, words) for s in strategies}
+    for pipe in pipes.values() if compiled else ():
+        pipe.transformer.compile_blocks()
+    names = FACTORS if compiled else FACTORS[:-1]
     channels = pipes[strategies[0]].transformer.config.in_channels
     start = torch.randn(1, channels, setting.side, setting.side, generator=torch.Generator().manual_seed(0))
     rows, ladder = [], []
@@ -176,10 +192,10 @@ def measure(
         error = ((got - want).norm() / want.norm()).item()
         if error > 0.02:  # no time without the right picture
             raise RuntimeError(f"{s}: the plain path and ours differ by {error:.3g}")
-        counted = {name: predicted(pipe.transformer, llm.config, name, tokens, setting) for name in FACTORS}
-        runs = {name: (lambda p=pipe, f=name: factor(p, f, tokens, start, setting)) for name in FACTORS}
+        counted = {name: predicted(pipe.transformer, llm.config, name, tokens, setting) for name in names}
+        runs = {name: (lambda p=pipe, f=name: factor(p, f, tokens, start, setting)) for name in names}
         taken = interleaved(runs, max(1, rounds // 2), device, f"{s}, factors")
-        for name in FACTORS:
+        for name in names:
             ladder.append({"strategy": s, "factor": name, "tokens": tokens, "padded_to": max(setting.tokens),
                            "flops": counted[name], **summary(taken[name], taken["plain"])})  # fmt: skip
     return {"rows": rows, "factors": ladder}
@@ -193,6 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--setting", choices=SETTINGS, help="sizes; default: paper on a GPU, reduced on a CPU")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--rounds", type=int, default=9, help="pictures of each strategy and length (default 9)")
+    parser.add_argument(
+        "--compile", choices=("auto", "true", "false"), default="auto", help="our blocks; auto: on a GPU"
+    )
     parser.add_argument("--no-factors", action="store_true", help="leave out the way from the plain path to ours")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
@@ -209,12 +228,14 @@ def main(argv: list[str] | None = None) -> int:
         }
         for s, model in full.items()
     }
-    measured = measure(setting, arguments.strategies, arguments.rounds, not arguments.no_factors, device)
+    compiled = arguments.compile == "true" or (arguments.compile == "auto" and device.type == "cuda")
+    measured = measure(setting, arguments.strategies, arguments.rounds, not arguments.no_factors, compiled, device)
     result = {
         **provenance.header(),
         "setting": setting.name,
         "steps": setting.steps,
         "image_tokens": setting.image_tokens,
+        "compiled": compiled,
         "full_size": counted,
         "paper": PAPER_TABLE,
         **measured,

@@ -1,7 +1,7 @@
 """What one H200 should need, by arithmetic alone: `python -m bench.projection`, then `python -m bench.report`.
 
 Not a measurement. Time = FLOPs / (share x dense bf16 peak) + bytes routing must move / (share x copy bandwidth): the
-FLOPs of `sr_model.flops`, the bytes of `bench.model`, all products at the same share of the peak, everything else hidden.
+FLOPs of `sr_model.flops`, the bytes of `bench.model`, products at one share of the peak, everything else hidden.
 Ratios between strategies depend little on the two shares, since they stand in both terms.
 """
 

@@ -203,7 +203,11 @@ def factor_table(result: dict[str, Any]) -> str:
 
 def overhead_note(result: dict[str, Any]) -> str:
     """What was drawn, on what."""
-    return f"{result['setting']} size, {result['image_tokens']} image tokens, {result['steps']} steps; {source(result)}"
+    compiled = ", compiled blocks" if result.get("compiled") else ""
+    return (
+        f"{result['setting']} size, {result['image_tokens']} image tokens, {result['steps']} steps{compiled}; "
+        f"{source(result)}"
+    )
 
 
 def throughput_table(result: dict[str, Any]) -> str:
@@ -267,8 +271,8 @@ def projection_table(result: dict[str, Any]) -> str:
     note = (
         f"Not measured: FLOPs over {percent(result['shares'][0])} of {result['peak'] / 1e12:.1f} TFLOP/s, and "
         f"routing's bytes over {percent(result['shares'][1])} of {result['copy'] / 1e12:.1f} TB/s. A picture: 512x512, "
-        f"50 steps, guided; the plain path pads to 512 tokens and is set against the 128-token prompt. A training step: "
-        f"{training['micro_batch']} pictures of 256x256, {training['caption']}-token captions, the LLM included; "
+        f"50 steps, guided; the plain path pads to 512 tokens and is set against the 128-token prompt. A training "
+        f"step: {training['micro_batch']} pictures of 256x256, {training['caption']}-token captions, the LLM included; "
         f"`{result['command']}`"
     )
     return f"{table(head, cells)}\n\n{note}"

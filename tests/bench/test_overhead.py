@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import overhead, report
-from bench.setting import Setting
+from bench.setting import Setting, dit, language_model, pipeline, tokenizer
 
 TINY = Setting(
     "tiny",
@@ -18,16 +18,28 @@ TINY = Setting(
 
 
 def test_a_measurement_compares_with_b1_and_with_the_plain_path():
-    result = overhead.measure(TINY, ["b1", "s3"], 2, True, torch.device("cpu"))
+    result = overhead.measure(TINY, ["b1", "s3"], 2, True, False, torch.device("cpu"))
     assert [(row["strategy"], row["tokens"]) for row in result["rows"]] == [
         ("b1", 3), ("s3", 3), ("b1", 6), ("s3", 6)
     ]  # fmt: skip
     assert all(row["over_base"] == 1 for row in result["rows"] if row["strategy"] == "b1")
     for strategy in ("b1", "s3"):
         steps = [row for row in result["factors"] if row["strategy"] == strategy]
-        assert [row["factor"] for row in steps] == list(overhead.FACTORS)
+        assert [row["factor"] for row in steps] == ["plain", "unpad", "fuse", "fold", "cache"]
         counted = [row["flops"] for row in steps]
         assert counted == sorted(counted, reverse=True)  # no factor adds work
+
+
+def test_a_factor_runs_blocks_as_they_were_written():
+    pipe = pipeline(
+        dit("b2", TINY, "cpu", torch.float32), language_model(TINY, torch.device("cpu"), torch.float32), tokenizer()
+    )
+    block, compiled = pipe.transformer.blocks[0], object()
+    block.forward = compiled
+    with overhead.plain_blocks(pipe):
+        assert block.forward.__func__ is type(block).forward
+    assert block.forward is compiled
+    assert "forward" not in vars(pipe.transformer.blocks[1])
 
 
 def test_a_ratio_is_taken_round_by_round():
