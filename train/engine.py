@@ -199,13 +199,20 @@ class Ema:
     @contextlib.contextmanager
     def in_place_of_masters(self) -> Iterator[None]:
         """Inside, the engine's masters hold the average: what is gathered there is the average, whole."""
-        masters = master_partitions(self.engine)
-        kept = [p.clone() for p in masters]
-        torch._foreach_copy_(masters, self.shards)
+        self._swap()
         try:
             yield
         finally:
-            torch._foreach_copy_(masters, kept)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange average and masters, a piece at a time: a copy of all of them may not fit."""
+        for master, shard in zip(master_partitions(self.engine), self.shards, strict=True):
+            for a, b in zip(master.view(-1).split(1 << 24), shard.view(-1).split(1 << 24), strict=True):
+                kept = a.clone()
+                a.copy_(b)
+                b.copy_(kept)
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def train(config: Config) -> int:
             ranks.barrier()
         if step % config.checkpoint_every == 0 or at_end:
             watchdog.at("checkpoint")
-            extra = {"loader": parts.loader.state_dict(), "first": first_losses}
+            extra = {"config": asdict(config), "loader": parts.loader.state_dict(), "first": first_losses}
             path = checkpoint.save(
                 checkpoints, step, parts.engine, parts.ema, ranks, extra, config.keep_checkpoints, config.keep_every
             )
