@@ -240,6 +240,32 @@ def throughput_table(result: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{note}; {source(result)}"
 
 
+def checkpoint_table(result: dict[str, Any]) -> str:
+    """Seconds a gigabyte of saving and loading, beside a plain copy."""
+    cost = result["seconds_per_gb"]
+    parts = " / ".join(f"{cost[part]:.2f}" for part in ("gather", "write", "flush", "hash"))
+    low, high = result["save_over_copy_quartiles"]
+    cells = (
+        f"{cost['copy']:.2f}",
+        f"{cost['save']:.2f} ({result['save_over_copy']:.2f} of the copy, {low:.2f} to {high:.2f})",
+        parts,
+        f"{cost['verify']:.2f} + {cost['load']:.2f}",
+    )
+    head = (
+        "plain copy, flushed: s/GB",
+        "save: s/GB (quartiles)",
+        "gather / write / flush / hash",
+        "verify + load: s/GB",
+    )
+    note = f"{result['bytes'] / 1e9:.2f} GB, ZeRO {result['zero']}, medians of {result['rounds']} rounds"
+    if demo := result["demo"]:
+        note += (
+            f"; hashing the demo's {demo['checkpoints']} checkpoints takes {demo['hash_seconds']:.2f} s, "
+            f"{100 * demo['share']:.2f}% of its training"
+        )
+    return f"{table(head, [cells])}\n\n{note}; {source(result)}"
+
+
 def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
     """A PNG: achieved arithmetic over arithmetic intensity, with each device's measured copy bandwidth as the roof."""
     import matplotlib
@@ -281,6 +307,8 @@ def sections() -> dict[str, str]:
         found["overhead"] = "\n\n".join([counted_table(overhead[0]), *(part for parts in measured for part in parts)])
     if throughput := sorted(RESULTS.glob("throughput-*.json")):
         found["throughput"] = "\n\n".join(throughput_table(json.loads(path.read_text())) for path in throughput)
+    if saving := sorted(RESULTS.glob("checkpoint-*.json")):
+        found["checkpoint"] = "\n\n".join(checkpoint_table(json.loads(path.read_text())) for path in saving)
     return found
 
 

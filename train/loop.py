@@ -99,7 +99,7 @@ def train(config: Config) -> int:
 
     Raises: ConfigError for a setting that cannot be used, NonFiniteSteps, CheckpointError.
     """
-    ranks = start(config.guard.stall_seconds)
+    ranks = start(2 * config.guard.stall_seconds)  # the watchdog speaks first: it knows more than a collective call
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     target = min(config.steps, config.stop_at or config.steps)
     found = checkpoint.find(checkpoints, ranks)
@@ -131,7 +131,7 @@ def train(config: Config) -> int:
     elif ranks.first:
         (folder / "config.yaml").write_text(config.to_yaml())
     log = RunLog(folder, ranks.first, config.steps, step)
-    guard, watchdog = Guard(config.guard, parts.engine, ranks), Watchdog(config.guard.stall_seconds, ranks.rank)
+    guard, watchdog = Guard(config.guard, parts.engine, ranks), Watchdog(config.guard.stall_seconds, ranks)
     guard.listen()
     clock = Clock(ranks.device, watchdog.at)
     batches = iter(parts.loader)
