@@ -1,8 +1,8 @@
 """What a checkpoint costs: `python -m bench.checkpoint`, then `python -m bench.report`.
 
 A save and a verified load of about one gigabyte of state (masters, two moments, average), split into gathering,
-writing, flushing to the disk and hashing, beside a plain copy of the same bytes, flushed, in the same rounds; and the share of
-the embedded demo's training time that the hashes of its two checkpoints take. On one process with ZeRO-1.
+writing, flushing to the disk and hashing, beside a plain copy of the same bytes, flushed, in the same rounds;
+and the share of the demo's training time that the hashes of its two checkpoints take. On one process with ZeRO-1.
 """
 
 from __future__ import annotations
