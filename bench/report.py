@@ -278,6 +278,32 @@ def projection_table(result: dict[str, Any]) -> str:
     return f"{table(head, cells)}\n\n{note}"
 
 
+def checkpoint_table(result: dict[str, Any]) -> str:
+    """Seconds a gigabyte of saving and loading, beside a plain copy."""
+    cost = result["seconds_per_gb"]
+    parts = " / ".join(f"{cost[part]:.2f}" for part in ("gather", "write", "flush", "hash"))
+    low, high = result["save_over_copy_quartiles"]
+    cells = (
+        f"{cost['copy']:.2f}",
+        f"{cost['save']:.2f} ({result['save_over_copy']:.2f} of the copy, {low:.2f} to {high:.2f})",
+        parts,
+        f"{cost['verify']:.2f} + {cost['load']:.2f}",
+    )
+    head = (
+        "plain copy, flushed: s/GB",
+        "save: s/GB (quartiles)",
+        "gather / write / flush / hash",
+        "verify + load: s/GB",
+    )
+    note = f"{result['bytes'] / 1e9:.2f} GB, ZeRO {result['zero']}, medians of {result['rounds']} rounds"
+    if demo := result["demo"]:
+        note += (
+            f"; hashing the demo's {demo['checkpoints']} checkpoints takes {demo['hash_seconds']:.2f} s, "
+            f"{100 * demo['share']:.2f}% of its training"
+        )
+    return f"{table(head, [cells])}\n\n{note}; {source(result)}"
+
+
 def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
     """A PNG: achieved arithmetic over arithmetic intensity, with each device's measured copy bandwidth as the roof."""
     import matplotlib
@@ -321,6 +347,8 @@ def sections() -> dict[str, str]:
         found["throughput"] = "\n\n".join(throughput_table(json.loads(path.read_text())) for path in throughput)
     if (RESULTS / "projection.json").is_file():
         found["projection"] = projection_table(json.loads((RESULTS / "projection.json").read_text()))
+    if saving := sorted(RESULTS.glob("checkpoint-*.json")):
+        found["checkpoint"] = "\n\n".join(checkpoint_table(json.loads(path.read_text())) for path in saving)
     return found
 
 

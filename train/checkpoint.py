@@ -1,10 +1,11 @@
 """Checkpoints that exist or do not: whole tensors under hashes, voted on by all ranks, renamed into place.
 
 A checkpoint holds each parameter's fp32 master, Adam moments and moving average whole, shared out over the ranks'
-files, so that any number of ranks at any ZeRO stage can continue from it. Saving: every rank writes into a partial
-folder, all vote, `manifest.json` (SHA-256 of every file) is written last, the folder gets its name, `latest` is
-replaced atomically. Finding: the manifest is verified by all ranks together, the newest whole checkpoint is taken, a
-broken one is named.
+files, so that any number of ranks at any ZeRO stage can continue from it; and `state.json`: the configuration, the
+loader's place, counters, versions. Saving: every rank writes into a partial folder, all vote, `manifest.json` (SHA-256
+of every file) is written last, the folder gets its name, `latest` is replaced atomically. Finding: the manifest is
+verified by all ranks together, the newest whole checkpoint is taken, a broken one is named. Neither holds more than
+PART_BYTES of a rank's share in memory at a time.
 
 There is no generator state in it: all that is drawn is drawn from (seed, step, sample).
 """
@@ -17,7 +18,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial as bound
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from train.engine import Ema, FullState
 
 LATEST, MANIFEST, STATE = "latest", "manifest.json", "state.json"
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+PART_BYTES = 2 << 30  # of one rank's file
+VERSIONS = ("torch", "deepspeed", "mosaicml-streaming", "transformers", "diffusers", "safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -87,16 +91,28 @@ def owners(state: FullState, world: int) -> dict[str, int]:
     return owner
 
 
-def _my_share(state: FullState, ema: Ema, ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors this rank writes, on the CPU. A collective call: each is gathered by all."""
-    owner, mine = owners(state, ranks.world), {}
-    for kind in KINDS:
-        with ema.in_place_of_masters() if kind == "ema" else contextlib.nullcontext():
-            for name in state.names:
-                value = state.get(name, "master" if kind == "ema" else kind)
-                if owner[name] == ranks.rank:
-                    mine[f"{kind}.{name}"] = value.detach().float().cpu().clone().contiguous()
-    return mine
+def rounds(state: FullState, owner: dict[str, int]) -> list[list[str]]:
+    """The parameters, cut so that in each round no rank has more than PART_BYTES to write (or one parameter)."""
+    cut: list[list[str]] = [[]]
+    load: dict[int, int] = {}
+    for name, rank in owner.items():
+        size = 4 * state.numel(name)
+        if load.get(rank) and load[rank] + size > PART_BYTES:
+            cut.append([])
+            load = {}
+        cut[-1].append(name)
+        load[rank] = load.get(rank, 0) + size
+    return cut
+
+
+def _share(state: FullState, names: list[str], kind: str, mine: set[str]) -> dict[str, Tensor]:
+    """Those of `names` that this rank writes, on the CPU. A collective call: each is gathered by all."""
+    share = {}
+    for name in names:
+        value = state.get(name, "master" if kind == "ema" else kind)
+        if name in mine:
+            share[name] = value.detach().float().cpu().clone().contiguous()
+    return share
 
 
 def save(
@@ -118,38 +134,49 @@ def save(
     """
     final, partial = folder / _name(step), folder / f"partial-{_name(step)}"
     state = FullState(engine)
-    name = f"state-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
+    owner = owners(state, ranks.world)
+    mine = {name for name, rank in owner.items() if rank == ranks.rank}
 
     def prepare() -> None:
         if ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in folder.glob("partial-*"):
+                shutil.rmtree(left)
             partial.mkdir(parents=True)
 
-    def write() -> dict[str, Any]:
+    def hashed(name: str) -> dict[str, Any]:
+        file = partial / name
+        _sync(file)
+        return {name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}
+
+    def write(share: dict[str, Tensor], kind: str, part: int) -> dict[str, Any]:
+        if not share:
+            return {}
+        name = f"{kind}-{part:03d}-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
         save_file(share, partial / name)
-        files = [name]
-        if ranks.first:
-            facts = {
-                **extra,
-                "step": step,
-                "world": ranks.world,
-                "zero": engine.zero_optimization_stage(),
-                "model": {k: v for k, v in engine.module.config.items() if not k.startswith("_")},
-                "adam_step": state.adam_step,
-                "ema_steps": ema.steps,
-                "schedule_step": engine.lr_scheduler.last_epoch,
-                "versions": {package: version(package) for package in ("torch", "deepspeed")},
-            }
-            _write(partial / STATE, json.dumps(facts, indent=1))
-            files.append(STATE)
-        for file in files:
-            _sync(partial / file)
-        return {f: {"bytes": (partial / f).stat().st_size, "sha256": sha256(partial / f)} for f in files}
+        return hashed(name)
+
+    def write_facts() -> dict[str, Any]:
+        if not ranks.first:
+            return {}
+        facts = {
+            **extra,
+            "step": step,
+            "world": ranks.world,
+            "zero": engine.zero_optimization_stage(),
+            "dtype": str(next(iter(state.parameters.values())).dtype).removeprefix("torch."),
+            "model": {k: v for k, v in engine.module.config.items() if not k.startswith("_")},
+            "adam_step": state.adam_step,
+            "ema_steps": ema.steps,
+            "schedule_step": engine.lr_scheduler.last_epoch,
+            "versions": {package: version(package) for package in VERSIONS},
+        }
+        _write(partial / STATE, json.dumps(facts, indent=1))
+        return hashed(STATE)
 
     def finish() -> None:
         if not ranks.first:
             return
-        manifest = {"step": step, "files": {k: v for part in written for k, v in part.items()}}
+        manifest = {"step": step, "files": files}
         _write(partial / MANIFEST, json.dumps(manifest, indent=1))
         _sync(partial)
         shutil.rmtree(final, ignore_errors=True)  # a broken one that was passed over
@@ -159,14 +186,24 @@ def save(
         _write(pointer, final.name + "\n")
         os.replace(pointer, folder / LATEST)
         _sync(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        for old in [p for p in sorted(folder.glob("step-*")) if p.name <= final.name][:-keep]:
             if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:  # a reader on a network disk holds it open: the new one is whole all the same
+                    print(f"checkpoint {old.name} cannot be deleted: {error}", file=sys.stderr, flush=True)
 
+    files: dict[str, Any] = {}
     try:
         _together(ranks, f"making {partial}", prepare)
-        share = _my_share(state, ema, ranks)
-        written = _together(ranks, f"writing {partial}", write)
+        for kind in KINDS:
+            with ema.in_place_of_masters() if kind == "ema" else contextlib.nullcontext():
+                for part, names in enumerate(rounds(state, owner)):
+                    work = bound(write, _share(state, names, kind, mine), kind, part)
+                    for written in _together(ranks, f"writing {partial}", work):
+                        files |= written
+                    del work  # and its tensors, before the next are gathered
+        files |= _together(ranks, f"writing {partial}", write_facts)[0]
         _together(ranks, f"finishing {final}", finish)
     except CheckpointError:
         if ranks.first:
@@ -224,14 +261,22 @@ def find(folder: Path, ranks: Ranks) -> Path | None:
     return None
 
 
+@contextlib.contextmanager
+def opened(path: Path, kind: str) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """One of KINDS by parameter name; each entry reads its tensor, whole, to the CPU when it is called."""
+    names = json.loads((path / MANIFEST).read_text())["files"]
+    with contextlib.ExitStack() as stack:
+        readers: dict[str, Callable[[], Tensor]] = {}
+        for name in sorted(n for n in names if n.startswith(f"{kind}-")):
+            file = stack.enter_context(safe_open(path / name, "pt"))
+            readers |= {key: bound(file.get_tensor, key) for key in list(file.keys())}
+        yield readers
+
+
 def read_tensors(path: Path, kind: str) -> dict[str, Tensor]:
     """One of KINDS by parameter name, whole, on the CPU."""
-    tensors = {}
-    for file in sorted(path.glob("state-*.safetensors")):
-        with safe_open(file, "pt") as shard:
-            keys = [key for key in list(shard.keys()) if key.startswith(f"{kind}.")]
-            tensors |= {key.removeprefix(f"{kind}."): shard.get_tensor(key) for key in keys}
-    return tensors
+    with opened(path, kind) as readers:
+        return {name: read() for name, read in readers.items()}
 
 
 def load(path: Path, engine: deepspeed.DeepSpeedEngine, ema: Ema) -> dict[str, Any]:
@@ -242,14 +287,15 @@ def load(path: Path, engine: deepspeed.DeepSpeedEngine, ema: Ema) -> dict[str, A
     """
     facts, state = json.loads((path / STATE).read_text()), FullState(engine)
     for kind in ("ema", "exp_avg", "exp_avg_sq", "master"):  # the average goes by way of the masters
-        tensors = read_tensors(path, kind)
-        if set(tensors) != set(state.names):
-            odd = min(set(tensors) ^ set(state.names))
-            raise ConfigError(f"resume: {path} is of another model: {odd} is not in both")
-        for name in state.names:
-            if tensors[name].numel() != state.numel(name):
-                raise ConfigError(f"resume: {path} is of another model: {name} has another size")
-            state.put(name, "master" if kind == "ema" else kind, tensors.pop(name))
+        with opened(path, kind) as readers:
+            if set(readers) != set(state.names):
+                odd = min(set(readers) ^ set(state.names))
+                raise ConfigError(f"resume: {path} is of another model: {odd} is not in both")
+            for name in state.names:
+                value = readers[name]()
+                if value.numel() != state.numel(name):
+                    raise ConfigError(f"resume: {path} is of another model: {name} has another size")
+                state.put(name, "master" if kind == "ema" else kind, value)
         if kind == "ema":
             ema.take_masters(facts["ema_steps"])
     state.adam_step = facts["adam_step"]

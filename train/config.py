@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,6 +304,19 @@ def _build(name: str, value: Any) -> Any:
     if section is None or is_dataclass(value):
         return value
     return section(**value)  # type: ignore[misc]
+
+
+def from_plain(plain: dict[str, Any]) -> Config:
+    """The configuration whose `dataclasses.asdict` went through JSON. Not validated: its data may be elsewhere.
+
+    Raises: ConfigError for keys of another version.
+    """
+    try:
+        sections = {name: _build(name, value) for name, value in plain.items()}
+        optim = replace(sections["optim"], betas=tuple(sections["optim"].betas))
+        return Config(**{**sections, "optim": optim})
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"config: the checkpoint has one of another version of this program: {error}") from None
 
 
 SECTIONS = ("model", "text", "data", "optim", "flow", "eval", "guard")

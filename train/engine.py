@@ -48,10 +48,22 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
     return settings
 
 
+def _with_gradient(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Before the conditioner: have its fusion weights take a gradient, also those of b1 and b2 that learn none.
+
+    Where no input of a module takes one, ZeRO-3 frees the module's parameters before its backward pass needs them.
+    """
+    if not torch.is_grad_enabled() or arguments[1].requires_grad:
+        return None
+    return arguments[0], arguments[1].detach().requires_grad_(), *arguments[2:]
+
+
 def build_engine(model: DiT, config: Config, world: int, bf16: bool) -> deepspeed.DeepSpeedEngine:
     """The model under DeepSpeed with AdamW and the learning-rate schedule; its blocks compiled where that pays."""
     if config.zero == 3:  # gather a leaf's parameters together, with no hook inside it
         set_z3_leaf_modules(model, model.zero3_leaves)
+        if hasattr(model, "conditioner"):
+            model.conditioner.register_forward_pre_hook(_with_gradient)
     device = next(model.parameters()).device
     if config.compile == "true" or (config.compile == "auto" and device.type == "cuda"):
         model.compile_blocks()
@@ -199,13 +211,20 @@ class Ema:
     @contextlib.contextmanager
     def in_place_of_masters(self) -> Iterator[None]:
         """Inside, the engine's masters hold the average: what is gathered there is the average, whole."""
-        masters = master_partitions(self.engine)
-        kept = [p.clone() for p in masters]
-        torch._foreach_copy_(masters, self.shards)
+        self._swap()
         try:
             yield
         finally:
-            torch._foreach_copy_(masters, kept)
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange average and masters, a piece at a time: a copy of all of them may not fit."""
+        for master, shard in zip(master_partitions(self.engine), self.shards, strict=True):
+            for a, b in zip(master.view(-1).split(1 << 24), shard.view(-1).split(1 << 24), strict=True):
+                kept = a.clone()
+                a.copy_(b)
+                b.copy_(kept)
 
     @torch.no_grad()
     def full_state(self) -> dict[str, Tensor]:

@@ -75,6 +75,22 @@ def interleave(prompts: Sequence[EvalPrompt]) -> list[EvalPrompt]:
     return [group[i] for i in range(deepest) for group in groups.values() if i < len(group)]
 
 
+def make_pipeline(
+    config: Config, model: DiT, encoder: TextEncoder, codec: PixelCodec | VaeCodec
+) -> SemanticRoutingPipeline:
+    """The sampling pipeline of a run with this configuration."""
+    return SemanticRoutingPipeline(
+        transformer=model,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.flow.shift),
+        text_encoder=encoder.llm,
+        tokenizer=encoder.tokenizer,
+        vae=codec.vae if isinstance(codec, VaeCodec) else None,
+        prompt_template=config.text.template,
+        max_prompt_tokens=config.text.max_tokens,
+        default_size=config.data.image_size,
+    )
+
+
 class Evaluator:
     """Validation and sampling with given weights, in a model of its own beside the one that trains."""
 
@@ -124,17 +140,7 @@ class Evaluator:
 
     def pipeline(self, model: DiT) -> SemanticRoutingPipeline:
         """The sampling pipeline of this run around `model`."""
-        config = self.config
-        return SemanticRoutingPipeline(
-            transformer=model,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=config.flow.shift),
-            text_encoder=self.encoder.llm,
-            tokenizer=self.encoder.tokenizer,
-            vae=self.codec.vae if isinstance(self.codec, VaeCodec) else None,
-            prompt_template=config.text.template,
-            max_prompt_tokens=config.text.max_tokens,
-            default_size=config.data.image_size,
-        )
+        return make_pipeline(self.config, model, self.encoder, self.codec)
 
     def sample(self, model: DiT, captions: Sequence[str], progress: str | None = None) -> list[Image.Image]:
         """One picture a caption; the i-th is drawn from seed and i alone, whatever the batch."""

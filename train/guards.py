@@ -6,7 +6,9 @@ finite (DeepSpeed itself looks at few combinations of type and ZeRO stage), and 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import json
 import os
 import signal
 import statistics
@@ -14,6 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -137,14 +140,61 @@ def skip_step(engine: deepspeed.DeepSpeedEngine) -> None:
             optimizer.overflow = had
 
 
-class Watchdog:
-    """Ends this process when a phase takes longer than `seconds`, and says which rank hung, where, and its stacks."""
+class Places:
+    """Where every rank is, told each second through the process group's store by a thread that training cannot hold up.
 
-    def __init__(self, seconds: float, rank: int) -> None:
-        self.seconds, self.rank = seconds, rank
+    With one rank there is nothing to tell.
+    """
+
+    BEAT = 1.0  # seconds
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.store = None
+        if ranks.world > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            patience = timedelta(seconds=30)
+            self.store = torch.distributed.TCPStore(address, port, wait_for_workers=False, timeout=patience)
+
+    def tell(self, phase: str, step: int) -> None:
+        """This rank lives and is there. What the store answers is not waited for, nor missed when it has gone."""
+        if self.store is not None:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"place/{self.ranks.rank}", json.dumps([phase, step, time.time()]))
+
+    def others(self, phase: str, step: int) -> list[str]:
+        """A line for each rank that is silent or elsewhere, or one that says that rank 0 does not answer."""
+        if self.store is None:
+            return []
+        found: list[str] = []
+        asking = threading.Thread(target=self._ask, args=(phase, step, found), daemon=True)
+        asking.start()
+        asking.join(5)
+        return ["rank 0 was last heard of too long ago: it does not answer"] if asking.is_alive() else found
+
+    def _ask(self, phase: str, step: int, found: list[str]) -> None:
+        assert self.store is not None
+        with contextlib.suppress(RuntimeError):
+            for rank in range(self.ranks.world):
+                its_phase, its_step, when = json.loads(self.store.get(f"place/{rank}"))
+                age = time.time() - when
+                if age > 5 * self.BEAT:
+                    found.append(f"rank {rank} was last heard of {age:.0f} s ago, in {its_phase!r} of step {its_step}")
+                elif (its_phase, its_step) != (phase, step):
+                    found.append(f"rank {rank} is in {its_phase!r} of step {its_step}")
+
+
+class Watchdog:
+    """Ends this process when a phase takes longer than `seconds`; says which rank hung, where, where the others are,
+    and its stacks. 0 seconds: never.
+    """
+
+    def __init__(self, seconds: float, ranks: Ranks) -> None:
+        self.seconds, self.ranks = seconds, ranks
         self._phase, self._since, self._step = "", None, 0  # type: str, float | None, int
         self._done = threading.Event()
         if seconds:
+            self.places = Places(ranks)
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def at(self, phase: str, step: int | None = None) -> None:
@@ -153,12 +203,14 @@ class Watchdog:
         self._phase, self._since = phase, time.monotonic() if phase else None
 
     def _watch(self) -> None:
-        while not self._done.wait(min(1.0, self.seconds / 4)):
-            since, phase = self._since, self._phase
+        while not self._done.wait(min(Places.BEAT, self.seconds / 4)):
+            since, phase, step = self._since, self._phase, self._step
+            self.places.tell(phase, step)
             if since is not None and time.monotonic() - since > self.seconds:
+                others = self.places.others(phase, step)
                 print(
-                    f"error: rank {self.rank} has been in {phase!r} of step {self._step} for more than "
-                    f"{self.seconds:g} s (guard.stall_seconds); its stacks:",
+                    f"error: rank {self.ranks.rank} has been in {phase!r} of step {step} for more than "
+                    f"{self.seconds:g} s (guard.stall_seconds); {''.join(f'{line}; ' for line in others)}its stacks:",
                     file=sys.stderr,
                     flush=True,
                 )

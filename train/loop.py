@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def train(config: Config) -> int:
 
     Raises: ConfigError for a setting that cannot be used, NonFiniteSteps, CheckpointError.
     """
-    ranks = start(config.guard.stall_seconds)
+    ranks = start(2 * config.guard.stall_seconds)  # the watchdog speaks first: it knows more than a collective call
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     target = min(config.steps, config.stop_at or config.steps)
     found = checkpoint.find(checkpoints, ranks)
@@ -131,7 +131,7 @@ def train(config: Config) -> int:
     elif ranks.first:
         (folder / "config.yaml").write_text(config.to_yaml())
     log = RunLog(folder, ranks.first, config.steps, step)
-    guard, watchdog = Guard(config.guard, parts.engine, ranks), Watchdog(config.guard.stall_seconds, ranks.rank)
+    guard, watchdog = Guard(config.guard, parts.engine, ranks), Watchdog(config.guard.stall_seconds, ranks)
     guard.listen()
     clock = Clock(ranks.device, watchdog.at)
     batches = iter(parts.loader)
@@ -173,7 +173,7 @@ def train(config: Config) -> int:
             ranks.barrier()
         if step % config.checkpoint_every == 0 or at_end:
             watchdog.at("checkpoint")
-            extra = {"loader": parts.loader.state_dict(), "first": first_losses}
+            extra = {"config": asdict(config), "loader": parts.loader.state_dict(), "first": first_losses}
             path = checkpoint.save(
                 checkpoints, step, parts.engine, parts.ema, ranks, extra, config.keep_checkpoints, config.keep_every
             )

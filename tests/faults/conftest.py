@@ -255,3 +255,61 @@ def small_disk(tmp_path):
     yield make
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+class Forks:
+    """Runs in forked processes of one interpreter that has imported everything. See forks.py for the faults."""
+
+    def __init__(self, folder, flags):
+        self.folder, self.flags, self.mark = folder, flags, uuid.uuid4().hex
+        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: self.mark, "TOKENIZERS_PARALLELISM": "false"}
+        alone = []
+        if os.geteuid() == 0 and shutil.which("unshare"):  # with shared memory of its own: other runs name theirs alike
+            alone = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+        self.process = subprocess.Popen(
+            [*alone, sys.executable, str(Path(__file__).with_name("forks.py"))],
+            cwd=ROOT, env={**os.environ, **own}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.jobs = 0
+
+    def __call__(self, folder, *flags, ranks=1, faults=None, seconds=START):
+        """Run train/run.py in `folder` with the tiny run's flags; (exit codes of the ranks, what they printed).
+
+        faults: {rank: [(function of forks.py, its arguments), ...]}. A code is negative for the signal that ended the
+        rank, and None for one that had to be killed after so many seconds.
+        Raises: AssertionError when a process outlives the ranks.
+        """
+        self.jobs += 1
+        log = self.folder / f"forks-{self.jobs}.txt"
+        argv = [*self.flags, f"--out={folder}", *flags]
+        job = {"argv": argv, "world": ranks, "faults": faults or {}, "log": str(log), "seconds": seconds}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        codes, output = json.loads(self.process.stdout.readline()), log.read_text(errors="replace")
+        wait_for(lambda: not self.left(), STOP, f"the end of {self.left()}:\n{output[-3000:]}")
+        return codes, output
+
+    def left(self):
+        """The processes of a job that still run, zombies left out."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                alive = process.pid != self.process.pid and process.status() != psutil.STATUS_ZOMBIE
+                if alive and process.environ().get(MARK) == self.mark:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def close(self):
+        """End it."""
+        self.process.stdin.close()
+        self.process.wait(STOP)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory, tiny_flags):
+    """A function (folder, *flags, ranks=1, faults=None) -> (exit codes, output); see `Forks`."""
+    begun = Forks(tmp_path_factory.mktemp("forks"), tiny_flags)
+    yield begun
+    begun.close()

@@ -1,27 +1,56 @@
-"""Ranks that die: the others end soon, nothing is left behind, the next run starts."""
+"""Ranks that die or are told to stop: the others end soon, nothing stays behind, the next run continues to the bit."""
+
+import json
+
+import pytest
 
 from tests.faults.conftest import STOP, losses
+from train import checkpoint
+
+ENDLESS = "--steps=100000"
+FLAGS = ("--optim.schedule=constant", "--optim.lr=0.01", "--strategy=s3")  # the same whatever --steps
 
 
-def test_a_killed_rank_ends_the_run_and_the_next_one_starts(launch):
-    """kill -9 of one of two ranks mid-step, then a restart on the same machine."""
-    flags = ("--zero=1", "--checkpoint_every=2")
-    run = launch("run", *flags, "--steps=100000", ranks=2)
+def continues(launch, folder, *flags):
+    """The next run starts on the same machine, two steps further, and ends with the losses of one never stopped."""
+    last = max(losses(folder)) + 2
+    again = launch(folder.name, *FLAGS, *flags, f"--steps={last}", ranks=2).finish()
+    assert "resume " in again.output
+    assert again.orphans() == []
+    whole = launch("whole", *FLAGS, *flags, f"--steps={last}", ranks=2).finish()
+    assert losses(folder) == losses(whole.folder)
+
+
+def test_a_killed_rank_ends_the_run_and_the_next_one_continues(launch):
+    """kill -9 of one of two ranks mid-step, with loader processes."""
+    flags = ("--zero=1", "--checkpoint_every=2", "--data.workers=2")
+    run = launch("run", *FLAGS, *flags, ENDLESS, ranks=2)
     run.at_step(3)
     run.rank(1).kill()
     assert run.wait(STOP) != 0
     assert run.orphans() == []
-    before = max(losses(run.folder))
-    again = launch("run", *flags, f"--steps={before + 2}", ranks=2).finish()
-    assert f"{before + 2}/{before + 2}" in again.output
-    assert "resume " in again.output
-    assert again.orphans() == []
+    continues(launch, run.folder, *flags)
 
 
-def test_a_killed_rank_ends_the_others_without_a_launcher(launch_ranks):
+def test_the_launcher_told_to_stop_ends_with_a_checkpoint(launch):
+    """SIGTERM to the launcher, as a scheduler sends it: it passes the signal on, and exits with 1 itself."""
+    flags = ("--zero=2", "--checkpoint_every=100000")
+    run = launch("run", *FLAGS, *flags, ENDLESS, ranks=2)
+    run.at_step(2)
+    run.signal()
+    assert run.wait(STOP) == 1
+    assert run.orphans() == []
+    (path,) = (run.folder / "checkpoints").glob("step-*")
+    assert checkpoint.fault(path) is None
+    assert json.loads((path / "state.json").read_text())["step"] == max(losses(run.folder))
+    continues(launch, run.folder, *flags)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others_without_a_launcher(launch_ranks, victim):
     """Across nodes no launcher sees the death: the collective itself must fail, not wait."""
-    first, second = launch_ranks("run", "--steps=100000", "--zero=2")
-    first.at_step(2)
-    second.rank(1).kill()
-    assert first.wait(STOP) != 0
-    assert first.orphans() == [] == second.orphans()
+    runs = launch_ranks("run", ENDLESS, "--zero=2")
+    runs[0].at_step(2)
+    runs[victim].rank(victim).kill()
+    assert runs[1 - victim].wait(STOP) not in (0, None)
+    assert runs[0].orphans() == [] == runs[1].orphans()

@@ -12,6 +12,7 @@ from train.config import ConfigError
 from train.distributed import Ranks
 from train.run import main
 
+FILE = "exp_avg-000-00000-of-00001.safetensors"
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
@@ -51,7 +52,7 @@ def flip(path, at=-1):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda p: flip(p / "state-00000-of-00001.safetensors"), "state-00000-of-00001.safetensors is not what was"),
+        (lambda p: flip(p / FILE), f"{FILE} is not what was written"),
         (lambda p: flip(p / "state.json", 40), "state.json is not what was written"),
         (lambda p: (p / "state.json").unlink(), "state.json is missing"),
         (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
@@ -119,3 +120,27 @@ def test_what_is_kept_is_whole_tensors_shared_out_by_size(folder):
     assert {tuple(sorted(t)) for t in tensors.values()} == {tuple(sorted(tensors["master"]))}
     assert all(t.dtype == torch.float32 for kind in tensors.values() for t in kind.values())
     assert not torch.equal(tensors["ema"]["proj_out.weight"], tensors["master"]["proj_out.weight"])
+
+
+def test_a_share_larger_than_a_part_is_cut(folder, tiny_flags, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PART_BYTES", 20_000)
+    flags = ["--steps=6", "--stop_at=5", "--strategy=s3", "--optim.lr=0.01", "--zero=1", "--keep_checkpoints=9"]
+    assert main([*tiny_flags, f"--out={folder.parent}", *flags]) == 0
+    path = folder / "step-0000005"
+    parts = sorted(path.glob("ema-*"))
+    assert len(parts) > 2
+    largest = max(4 * value.numel() for value in checkpoint.read_tensors(path, "ema").values())
+    assert all(part.stat().st_size < max(largest, 20_000) + 2000 for part in parts)  # 2000: the file's header
+    assert checkpoint.find(folder, ALONE) == path
+    assert losses(folder.parent).keys() == {1, 2, 3, 4, 5}
+    assert set(checkpoint.read_tensors(path, "ema")) == set(checkpoint.read_tensors(folder / "step-0000004", "ema"))
+
+
+def test_a_run_rolled_back_keeps_what_it_writes(folder, tiny_flags):
+    """`latest` by hand on an older one, --keep_checkpoints=1: what is newer by name must not push out what is saved."""
+    (folder / "latest").write_text("step-0000002\n")
+    (folder / "partial-step-0000009").mkdir()
+    flags = ["--steps=6", "--stop_at=3", "--strategy=s3", "--optim.lr=0.01", "--zero=1", "--keep_checkpoints=1"]
+    assert main([*tiny_flags, f"--out={folder.parent}", *flags]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-0000003", "step-0000004"]
+    assert checkpoint.find(folder, ALONE).name == "step-0000003"

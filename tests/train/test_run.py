@@ -65,6 +65,12 @@ def test_zero_stages_and_micro_batches_agree(train):
         assert all(math.isclose(one[s], other[s], rel_tol=1e-5) for s in one), (name, one, other)
 
 
+@pytest.mark.parametrize("strategy", ["b1", "b2", "fusedit"])
+def test_strategies_that_learn_no_weights_train_alike_under_zero_3(train, strategy):
+    one, other = (losses(train(f"z{z}", "--steps=3", f"--zero={z}", f"--strategy={strategy}")) for z in (1, 3))
+    assert all(math.isclose(one[s], other[s], rel_tol=1e-5) for s in one), (one, other)
+
+
 @pytest.mark.slow  # compiles for half a minute
 @pytest.mark.parametrize("zero", [0, 3])
 def test_compiled_blocks_train_alike_at_any_stage(train, zero):
