@@ -178,8 +178,8 @@ class _Run:
             Pool(self._workers(journal, "rows"), make_scan, (self.job,)) as pool,
             tqdm(initial=journal.rows(), desc="first pass", unit=" rows", unit_scale=True, disable=self.disable) as bar,
         ):
-            for number, _, result in pool.run(journal.open_units("rows"), bar.update):
-                journal.scanned(number, *result, most=self.job.val_keys)
+            for number, _, (rows, keys, hashes) in pool.run(journal.open_units("rows"), bar.update):
+                journal.scanned(number, rows, keys, hashes, self.job.val_keys)
                 self._tell(bar, journal, "rows")
 
     def convert(self, journal: Journal, val_below: int) -> None:

@@ -202,7 +202,7 @@ def fit(image: Image.Image, options: ImageOptions) -> tuple[Image.Image, tuple[i
     )  # a picture of the target's size comes out as it is
     transform = _to_srgb(profile, small.mode) if profile else None
     if transform is not None:
-        small = ImageCms.applyTransform(small, transform)
+        small = ImageCms.applyTransform(small, transform) or small
     small = small.convert("RGB")
     return (small if turn is None else small.transpose(turn)), original
 

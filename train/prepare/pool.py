@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
@@ -88,8 +88,7 @@ class Pool:
                     raise self._dead(pipe, task) from None
             if not busy:
                 return
-            for pipe in wait(list(busy)):
-                assert isinstance(pipe, Connection)
+            for pipe in cast("list[Connection]", wait(list(busy))):
                 number, unit = busy[pipe]
                 try:
                     kind, value = pipe.recv()

@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from train.prepare.rejects import Broken, Rejected
 from train.prepare.sources import Bad, Row, Unit, text_or_none, too_large
@@ -26,7 +26,7 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """
     try:
         while (member := tar.next()) is not None:
-            tar.members.clear()
+            tar.members.clear()  # type: ignore[attr-defined]
             yield member
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         raise Broken(f"{type(error).__name__}: {error}") from None
@@ -58,7 +58,7 @@ def samples(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarIn
         yield key, group
 
 
-def _read(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+def _read(file: Any, member: tarfile.TarInfo) -> bytes:
     """A member's bytes. Raises: Rejected where the archive ends within it."""
     if member.issparse():
         raise Rejected("row_cut", f"{member.name} is a sparse file")
@@ -92,7 +92,7 @@ class Webdataset:
     def rows(self, unit: Unit) -> Iterator[Row | Bad]:
         """A row for every key that has an image."""
         try:
-            tar = tarfile.open(unit.path, "r:", errors="surrogateescape")
+            tar = tarfile.open(unit.path, "r:", errors="surrogateescape")  # noqa: SIM115 (entered below)
         except (tarfile.TarError, OSError) as error:
             raise Broken(f"{type(error).__name__}: {error}") from None
         with tar:
@@ -109,7 +109,7 @@ class Webdataset:
                     continue
                 try:
                     record = self._json(tar.fileobj, group)
-                    captions = {f: self._text(tar.fileobj, group[f]) for f in self.fields if f in group}
+                    captions: dict[str, Any] = {f: self._text(tar.fileobj, group[f]) for f in self.fields if f in group}
                     for field in self.fields:
                         captions.setdefault(field, record.get(field))
                     missing = [f for f in self.fields if captions[f] is None]
@@ -128,12 +128,12 @@ class Webdataset:
 
                 yield Row(key, load, captions, text_or_none(record.get("url")))
 
-    def _text(self, file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    def _text(self, file: Any, member: tarfile.TarInfo) -> bytes:
         if member.size > LONGEST_TEXT:
             raise Rejected("row_long", f"{member.name}: {member.size} bytes, wanted at most {LONGEST_TEXT}")
         return _read(file, member)
 
-    def _json(self, file: BinaryIO, group: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
+    def _json(self, file: Any, group: dict[str, tarfile.TarInfo]) -> dict[str, Any]:
         if "json" not in group:
             return {}
         try:
