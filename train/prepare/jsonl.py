@@ -16,7 +16,7 @@ from train.prepare.rejects import Broken, Rejected
 from train.prepare.sources import UNIT_ROWS, Bad, Row, Unit, read_image, text_or_none
 from train.shapes.corpus import BadArgument
 
-BLOCK = 1 << 20
+BLOCK = 1 << 16  # bytes read at a time; what a broken stream loses before its break
 LONGEST_LINE = 16 << 20  # bytes; longer lines are left out, and never held
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.zstd", ".ndjson")
 
