@@ -304,6 +304,31 @@ def checkpoint_table(result: dict[str, Any]) -> str:
     return f"{table(head, [cells])}\n\n{note}; {source(result)}"
 
 
+def prepare_table(result: dict[str, Any]) -> str:
+    """What came out of preparing a corpus under kills, how fast, and the memory at two sizes."""
+    rows = []
+    for row in result["rows"]:
+        kills = ", ".join(map(str, row["killed_at_units"]))
+        rows.append(
+            (
+                f"{row['samples']:,}",
+                f"after {kills} of {row['tars']} tars" if kills else "none",
+                " + ".join(f"{count:,} {folder}" for folder, count in row["kept"].items()),
+                ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in row["skipped"].items()),
+                f"{row['samples_per_s']:.0f}",
+                f"{row['peak_bytes'] / 2**20:.0f} MiB",
+                f"{row['last_third_peak_bytes'] / 2**20:.0f} MiB",
+            )
+        )
+    head = ("samples", "kill -9", "kept, each read back", "left out, as planned", "samples/s", "peak memory",
+            "in the last third")  # fmt: skip
+    note = (
+        f"{result['side']}x{result['side']} JPEG in tars to {result['size']}x{result['size']}, {result['workers']}"
+        " workers; memory of all processes, shared pages once"
+    )
+    return f"{table(head, rows)}\n\n{note}; {source(result)}"
+
+
 def roofline(results: Sequence[dict[str, Any]], path: Path) -> None:
     """A PNG: achieved arithmetic over arithmetic intensity, with each device's measured copy bandwidth as the roof."""
     import matplotlib
@@ -343,6 +368,8 @@ def sections() -> dict[str, str]:
     if overhead := overhead_results():
         measured = [[overhead_table(r), *([factor_table(r)] if r["factors"] else [])] for r in overhead]
         found["overhead"] = "\n\n".join([counted_table(overhead[0]), *(part for parts in measured for part in parts)])
+    if prepared := sorted(RESULTS.glob("prepare-*.json")):
+        found["prepare"] = "\n\n".join(prepare_table(json.loads(path.read_text())) for path in prepared)
     if throughput := sorted(RESULTS.glob("throughput-*.json")):
         found["throughput"] = "\n\n".join(throughput_table(json.loads(path.read_text())) for path in throughput)
     if (RESULTS / "projection.json").is_file():

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from train.prepare.commands import add_jsonl, add_parquet, add_webdataset
+from train.prepare.rejects import PrepareFailed
 from train.prepare.shapes import add_shapes
 from train.shapes.corpus import BadArgument
 
@@ -19,10 +21,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns 0, 1 if the disk cannot be written, or 2 for a bad argument, named in one line."""
+    """Runs one subcommand. Returns 0, 1 if it cannot go on, or 2 for a bad argument, each said in one line."""
     parser = _Parser(prog="python -m train.prepare", description="Turns pictures and captions into training shards.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     add_shapes(commands)
+    add_jsonl(commands)
+    add_webdataset(commands)
+    add_parquet(commands)
     options = vars(parser.parse_args(argv))
     prepare = options.pop("prepare")
     try:
@@ -30,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadArgument as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, PrepareFailed) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0
