@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor> route_any(at::TensorList hidden, const Tensor& weight
   a.out = out.data_ptr();
   a.squares = sumsq ? squares.data_ptr<float>() : nullptr;
   a.tokens = tokens;
+  a.plane = 2 * tokens * channels;
   a.layers = static_cast<int>(layers);
   a.blocks = static_cast<int>(blocks);
   a.channels = static_cast<int>(channels);

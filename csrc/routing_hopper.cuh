@@ -247,8 +247,11 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARPS, 1)
     for (int s = 0; s < STEPS; ++s)
 #pragma unroll
       for (int e = 0; e < 2; ++e) stats[s][e] = shared->stats[layer_of(s, lane, e)];
+    unsigned char* out = static_cast<unsigned char*>(a.out) + lane % 4 * 2 * a.plane +
+                         2 * (token * a.channels + rank * half + lane / 4 * 8);  // of the lane's first block
     float squares[TILES][2] = {};
     for (int chunk = warp; chunk < half / CHUNK; chunk += WARPS) {
+      unsigned char* to = out + chunk * (2 * CHUNK);
       float acc[4][TILES][4];
       product<STEPS, TILES>(acc, rows + chunk * (2 * CHUNK), pitch, a.layers, stats, w, lane);
 #pragma unroll
@@ -264,10 +267,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARPS, 1)
             words[i] = machine::pack_bfloat(x, y);
           }
           if (d < a.blocks)
-            machine::store_streaming(static_cast<unsigned char*>(a.out) +
-                                         2 * ((d * a.tokens + token) * a.channels + rank * half + chunk * CHUNK +
-                                              lane / 4 * 8),
-                                     {words[0], words[1], words[2], words[3]});
+            machine::store_streaming(to, {words[0], words[1], words[2], words[3]});
+          to += e == 0 ? a.plane : 7 * a.plane;  // blocks 2t, 2t + 1, 2t + 8, ...
         }
     }
     if (a.squares) {

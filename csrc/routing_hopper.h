@@ -21,6 +21,7 @@ struct Arguments {
   void* out;                     // [blocks, tokens, channels], bf16
   float* squares;                // [2, blocks, tokens]: sum of out^2 over half of the channels; or null
   int64_t tokens;
+  int64_t plane;  // bytes of a block's output: 2 * tokens * channels
   int layers, blocks, channels, samples, stages;
   bool given;
 };

@@ -16,8 +16,8 @@ extern "C" const char* emulated_route(const void* const* rows, int64_t stride, c
                                       int64_t tokens, int layers, int blocks, int channels, int samples, int stages,
                                       int given, int clusters, unsigned seed) {
   static_assert(32 * sr::WARPS == sr::machine::THREADS);
-  sr::Arguments a{{},     stride, weights, bounds,   mean,    rstd,   out,
-                  squares, tokens, layers,  blocks, channels, samples, stages, given != 0};
+  sr::Arguments a{{},     stride, weights, bounds,   mean,    rstd,   out, squares, tokens, 2 * tokens * channels,
+                  layers, blocks, channels, samples, stages, given != 0};
   std::copy(rows, rows + layers, a.rows);
   const size_t shared = sr::HEAD_BYTES + stages * sr::stage_bytes(layers, channels);
   message = sr::with_kernel(layers, blocks, [&](auto* kernel) {
