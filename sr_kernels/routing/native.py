@@ -1,14 +1,12 @@
 """The C++ CPU backend: csrc/routing_cpu.cpp, built on first use into torch's extension cache.
 
-Its ops are registered beside the generic ones, so that a call reaches C++ with no Python between.
+Its ops are registered beside the generic ones, so that a call reaches C++ with no Python between. `hopper.py` adds
+the same ops for CUDA.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import logging
-import os
 import platform
 import shutil
 import sys
@@ -18,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+from sr_kernels.routing import build
+
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 FLAGS = ["-O3", "-march=native", "-Wno-psabi", *OPENMP]
+HEADERS = ("routing_backward.h", "routing_forward.h", "rows.h", "simd.h")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 LIBRARY = torch.library.Library("sr_kernels", "FRAGMENT")
@@ -81,54 +81,34 @@ def _route_backward_fake(
     return mean.new_empty(*batch, grad.shape[0], mean.shape[0])
 
 
-def _name() -> str:
-    """Name of the build: one per source, torch, flags and kind of CPU (a home folder may be shared)."""
-    state = hashlib.sha256(" ".join([torch.__version__, platform.machine(), *FLAGS]).encode())
-    for path in (*sorted(SOURCES.glob("*.h")), SOURCES / "routing_cpu.cpp"):
-        state.update(path.read_bytes())
+def _kind_of_cpu() -> str:
+    """What -march=native depends on; a home folder may be shared."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-    state.update(next((line for line in lines if line.startswith(("flags", "Features"))), lines[0]).encode())
-    return f"sr_routing_cpu_{state.hexdigest()[:16]}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
 
 
-def _load() -> None:
-    """Load the kernels, and build them first if this machine has not yet."""
-    import fcntl
-
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA, which is not used
+def _check_compiler() -> None:
     from torch.utils import cpp_extension
 
-    name = _name()
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
-    finished = folder / "finished"  # a build that was killed leaves a library that must not be loaded
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "building", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ranks wait here; the kernel frees it when its holder dies
-        if finished.exists():
-            torch.ops.load_library(str(folder / f"{name}.so"))
-            return
-        compiler = cpp_extension.get_cxx_compiler()
-        if shutil.which(compiler) is None:
-            raise RuntimeError(f"no C++ compiler ({compiler!r} is not on the path)")
-        print("sr_kernels: building the CPU routing kernel, once (half a minute)", file=sys.stderr, flush=True)
-        (folder / "lock").unlink(missing_ok=True)  # cpp_extension's own, which would outlive a killed holder for ever
-        cpp_extension.load(
-            name,
-            [str(SOURCES / "routing_cpu.cpp")],
-            extra_cflags=FLAGS,
-            extra_ldflags=OPENMP,
-            build_directory=str(folder),
-            is_python_module=False,
-        )
-        finished.touch()
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"no C++ compiler ({compiler!r} is not on the path)")
 
 
 @functools.cache
 def why_not() -> str | None:
     """None once the kernels are built and loaded, else the reason why they cannot run here. One try a process."""
     try:
-        _load()
+        build.load(
+            "CPU",
+            ("routing_cpu.cpp",),
+            HEADERS,
+            _kind_of_cpu(),
+            _check_compiler,
+            extra_cflags=FLAGS,
+            extra_ldflags=OPENMP,
+        )
     except Exception as error:  # whatever is wrong with the toolchain, the reference still runs
         return str(error).strip().splitlines()[0]
     return None

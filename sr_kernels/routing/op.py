@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sr_kernels import backends, checks
-from sr_kernels.routing import native, reference
+from sr_kernels.routing import hopper, native, reference
 
 VARIABLE = "SR_KERNELS_BACKEND"
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -41,8 +41,10 @@ _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 def _choose(device: str, requested: str | None, dtype: torch.dtype) -> str:
     usable: dict[str, backends.Reason] = {"reference": None}
-    if device != "cpu":
-        usable["native"] = f"it is for the CPU, not {device}"
+    if device == "cuda":  # after the reference, so that only a request chooses it
+        usable["native"] = hopper.why_not if dtype in hopper.DTYPES else f"it has no CUDA kernel for {dtype}"
+    elif device != "cpu":
+        usable["native"] = f"it is for the CPU and CUDA, not {device}"
     elif dtype not in native.DTYPES:
         usable["native"] = f"it has no kernel for {dtype}"
     else:
@@ -204,6 +206,8 @@ def _forward(
     """(out, squares, mean, rstd), by the op of `backend`; the statistics are taken where None."""
     ops = torch.ops.sr_kernels
     if backend == "native":
+        if hidden[0].is_cuda:
+            hopper.check(hidden, weights.shape[-2])
         if stats is None:
             return ops.native_route_fused(hidden, weights, cu_seqlens, sumsq)
         return *ops.native_route(hidden, weights, *stats, cu_seqlens, sumsq), *stats
@@ -240,8 +244,7 @@ class _Route(torch.autograd.Function):
             squares = None if out is None else grad_squares
             d_weights = torch.ops.sr_kernels.native_route_backward(grad, hidden, mean, rstd, cu_seqlens, out, squares)
         else:
-            if out is not None:  # d(sum out^2) = 2 out
-                grad = grad + (2 * grad_squares[..., None] * out.to(grad_squares.dtype)).to(grad.dtype)
+            grad = hopper.with_squares(grad, out, grad_squares)
             d_weights = torch.ops.sr_kernels.route_backward(grad, hidden, mean, rstd, cu_seqlens, ctx.backend)
         return d_weights, None, None, None, None, None
 
@@ -251,7 +254,7 @@ def layer_stats(hidden: Tensor | Sequence[Tensor], *, backend: str | None = None
 
     Args:
         hidden: [L, T, C], or a sequence of L tensors [T, C]; fp32, fp16, bf16 (or fp64).
-        backend: "triton" (CUDA), "native" (CPU) or "reference"; default by device.
+        backend: "triton" (CUDA), "native" (CPU, Hopper) or "reference"; default by device.
 
     Returns: (mean, rstd), each [L, T], fp32 (fp64 for fp64 input), eps 1e-5 (eq. 2). The variance is the corrected
     two-pass form; `native` takes one pass over rows whose mean is within two deviations, to the same rounding.
@@ -282,7 +285,7 @@ def route(
         cu_seqlens: [B+1] int32, the samples' bounds in T; needed with per-sample weights.
         stats: (mean, rstd), each [L, T], from `layer_stats`; taken here when None.
         return_sumsq: also return sum over c of out^2, [D, T]: the row factor of an RMSNorm that follows.
-        backend: "triton" (CUDA), "native" (CPU) or "reference"; default by device, or SR_KERNELS_BACKEND.
+        backend: "triton" (CUDA), "native" (CPU, Hopper) or "reference"; default by device, or SR_KERNELS_BACKEND.
 
     Returns: out [D, T, C] in hidden's dtype; with return_sumsq (out, sumsq [D, T] fp32). Gradient to weights only.
 

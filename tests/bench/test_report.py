@@ -34,6 +34,17 @@ def test_a_kernel_row_compares_with_the_best_of_plain_torch():
     assert line == ("| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 9.0 / - / 7.0 | 3.5 x (layernorm) | 0.50% |")
 
 
+def test_each_of_our_kernels_for_a_shape_has_its_row():
+    rows = [
+        {"name": f"test_forward[{contender}-L36-D24]", "op": "forward", "contender": contender, "ms": ms,
+         "gb_per_s": 10.0, "percent_of_copy": 50.0}
+        for contender, ms in (("native", 2.0), ("triton", 4.0), ("eager", 8.0))
+    ]  # fmt: skip
+    lines = report.kernel_table({**HEADER, "results": rows}).splitlines()
+    assert lines[2] == "| forward | L36-D24 | 4.00 (triton) | 10.0 | 50% | 8.0 / - / - | 2.0 x (eager) | - |"
+    assert lines[3] == "| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 8.0 / - / - | 4.0 x (eager) | - |"
+
+
 def test_the_demo_table_has_a_column_a_split():
     single = {"count": 4, "color": 1.0, "shape": 0.5}
     skills = {"attribute": {"count": 4, "passed": 0.25}, "scene": {"count": 0, "passed": None}}
