@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bench import prepare, report
+from bench import prepare, tables
 from train.prepare.images import ImageOptions, render
 from train.prepare.rejects import Rejected
 
@@ -60,7 +60,7 @@ def test_the_table():
         "workers": 2,
         "rows": [row],
     }
-    line = report.prepare_table(result).splitlines()[2]
+    line = tables.prepare_table(result).splitlines()[2]
     assert line == (
         "| 300,000 | after 40, 81 of 120 tars | 297,204 train + 996 val | 600 duplicate | 1234 | 3 MiB | 2 MiB |"
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import checkpoint, report
+from bench import checkpoint, tables
 from tests.bench.test_report import HEADER
 from train.distributed import start
 
@@ -21,6 +21,6 @@ def test_a_row_says_how_much_more_than_a_copy():
     cost = dict(copy=1.0, save=2.5, gather=0.2, write=1.0, flush=0.3, hash=0.8, verify=0.8, load=0.5)  # noqa: C408
     result = {**HEADER, "zero": 1, "bytes": 1.2e9, "rounds": 5, "seconds_per_gb": cost, "save_over_copy": 2.4,
               "save_over_copy_quartiles": [2.2, 2.6], "demo": None}  # fmt: skip
-    lines = report.checkpoint_table(result).splitlines()
+    lines = tables.checkpoint_table(result).splitlines()
     assert lines[2] == "| 1.00 | 2.50 (2.40 of the copy, 2.20 to 2.60) | 0.20 / 1.00 / 0.30 / 0.80 | 0.80 + 0.50 |"
     assert lines[4].startswith("1.20 GB, ZeRO 1, medians of 5 rounds; D; torch 2")

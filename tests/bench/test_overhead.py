@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import overhead, report
+from bench import overhead, tables
 from bench.setting import Setting, dit, language_model, pipeline, tokenizer
 
 TINY = Setting(
@@ -46,7 +46,7 @@ def test_a_ratio_is_taken_round_by_round():
     row = overhead.summary([2.0, 6.0, 5.0], [1.0, 2.0, 5.0])
     assert row["over_base"] == 2.0  # of 2, 3 and 1
     assert row["seconds"] == 5.0
-    assert report.over({"over_base": 1.075, "over_base_quartiles": [1.07, 1.08]}) == "+7.5% (+7.0 to +8.0)"
+    assert tables.over({"over_base": 1.075, "over_base_quartiles": [1.07, 1.08]}) == "+7.5% (+7.0 to +8.0)"
 
 
 def test_rounds_are_checked(capsys):

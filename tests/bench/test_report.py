@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import demo, provenance, report
+from bench import demo, provenance, report, tables
 
 HEADER = {"device": "D", "python": "3", "torch": "2", "cuda": None, "commit": "c", "command": "x", "date": "2026-01-01"}
 
@@ -28,7 +28,7 @@ def test_a_kernel_row_compares_with_the_best_of_plain_torch():
     rows = [row("native", 2.0, peak_percent=0.5), row("eager", 9.0), row("layernorm", 7.0)]
     rows.append({"name": "test_dispatch[tensor]", "op": "dispatch", "contender": "tensor", "us": 9.0, "bare_us": 5.5,
                  "over_us": 3.5})  # fmt: skip
-    lines = report.kernel_table({**HEADER, "results": rows}).splitlines()
+    lines = tables.kernel_table({**HEADER, "results": rows}).splitlines()
     assert "| `route` of a tensor | 9.0 | 5.5 | 3.5 |" in lines
     line = lines[2]
     assert line == ("| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 9.0 / - / 7.0 | 3.5 x (layernorm) | 0.50% |")
@@ -40,7 +40,7 @@ def test_each_of_our_kernels_for_a_shape_has_its_row():
          "gb_per_s": 10.0, "percent_of_copy": 50.0}
         for contender, ms in (("native", 2.0), ("triton", 4.0), ("eager", 8.0))
     ]  # fmt: skip
-    lines = report.kernel_table({**HEADER, "results": rows}).splitlines()
+    lines = tables.kernel_table({**HEADER, "results": rows}).splitlines()
     assert lines[2] == "| forward | L36-D24 | 4.00 (triton) | 10.0 | 50% | 8.0 / - / - | 2.0 x (eager) | - |"
     assert lines[3] == "| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 8.0 / - / - | 4.0 x (eager) | - |"
 
@@ -53,7 +53,7 @@ def test_the_demo_table_has_a_column_a_split():
         "seconds_by_part": {"data": 1.0, "dit": 3.0},
         "score": {"train-distribution": {"single": single, "skills": skills}},
     }  # fmt: skip
-    lines = report.demo_table(result).splitlines()
+    lines = tables.demo_table(result).splitlines()
     assert "| where the time goes | data 25.0%, dit 75.0% |" in lines
     assert "| validation loss | 1.5000 to 0.1000 (0.067 of the first) |" in lines
     assert "| single object: shape | 50% of 4 |" in lines

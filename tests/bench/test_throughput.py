@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import provenance, report, throughput
+from bench import provenance, tables, throughput
 from tests.bench.test_overhead import TINY
 from train.runlog import PARTS
 
@@ -37,7 +37,7 @@ def test_a_step_is_measured_by_both_paths(tmp_path, monkeypatch):
     assert first["seconds_by_part"]["conditioner, within forward"] > 0
     assert fused["seconds_by_part"]["conditioner, within forward"] == 0
     assert json.loads((tmp_path / "trace.s3.json").read_text())["traceEvents"]
-    assert len(report.throughput_table(result).splitlines()) == 7
+    assert len(tables.throughput_table(result).splitlines()) == 7
 
 
 def test_counts_are_checked(capsys):
