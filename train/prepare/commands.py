@@ -9,6 +9,7 @@ from typing import Any
 
 from train.prepare import jsonl, parquet, webdataset
 from train.prepare.captions import CaptionOptions
+from train.prepare.convert import prepare
 from train.prepare.images import ImageOptions, bucket_sizes
 from train.prepare.sources import Source, expand
 from train.prepare.units import Job
@@ -130,8 +131,6 @@ def _prepare(kind: str, options: dict[str, Any]) -> dict[str, Any]:
         source = parquet.Parquet(files, options["image"], options["key"], fields, max_bytes)
     job = _job(source, columns, options)
     arguments = {"command": kind, **{k: v for k, v in options.items() if k not in NOT_COMPARED}}
-    from train.prepare.convert import prepare  # imports torch, which a wrong flag need not wait for
-
     return prepare(job, Path(options["out"]), arguments, options["val"], options["workers"], options["progress"])
 
 

@@ -160,9 +160,7 @@ class _Run:
         self.disable = None if progress else True  # None: no bar where stderr is not a terminal
 
     def plan(self, journal: Journal) -> None:
-        """Cut the source into units, once."""
-        if journal.get("planned"):
-            return
+        """Cut the source into units, and look whether its first rows can be used. Raises: BadArgument."""
         total = sum(os.path.getsize(path) for path in self.job.source.files)
         with tqdm(total=total, desc="plan", unit="B", unit_scale=True, disable=self.disable) as bar:
             journal.plan(self.job.source.units(bar.update))
@@ -336,30 +334,44 @@ def prepare(
     state.mkdir(parents=True, exist_ok=True)
     run = _Run(job, out, workers, progress)
     with _alone(state):
-        journal = Journal(state)
         try:
-            with _stoppable():
-                if journal.get("arguments") is None:
-                    journal.set("sources", sources)
-                    journal.set("arguments", arguments)
-                _same(out, arguments, journal.get("arguments"), sources, journal.get("sources"))
-                run.plan(journal)
-                run.clean(journal)
-                run.scan(journal)
-                if val < 1:
-                    below = int(val * 2**VAL_BITS) - 1
-                else:
-                    below = journal.smallest_key(min(int(val), journal.rows() // 10))
-                run.convert(journal, below)
-                report = run.finish(journal, arguments, sources)
-        except KeyboardInterrupt as stop:
-            done, units = journal.count("result")
-            print(f"prepare: stopped; {done} of {units} units are done, the same command continues", file=sys.stderr)
-            raise SystemExit(EXIT_CODES.get(getattr(stop, "number", signal.SIGINT), 130)) from None
+            journal = Journal(state)
+            try:
+                report = _go_on(run, journal, arguments, sources, val)
+            finally:
+                journal.close()
         except sqlite3.Error as error:
             raise PrepareFailed(f"{state}: {error}; the same command continues") from None
-        finally:
-            journal.close()
+        (state / "journal.sqlite").unlink()  # first: without it there is nothing to go on with
         shutil.rmtree(state, ignore_errors=True)
     print(f"prepare: wrote {out}\n{summary(report)}", file=sys.stderr)
     return report
+
+
+def _go_on(
+    run: _Run, journal: Journal, arguments: dict[str, Any], sources: list[list[Any]], val: float
+) -> dict[str, Any]:
+    """All that is not done yet. Returns the report."""
+    try:
+        with _stoppable():
+            if journal.get("arguments") is None:
+                try:
+                    run.plan(journal)
+                except BadArgument:  # so that the right arguments may follow
+                    (run.state / "journal.sqlite").unlink()
+                    raise
+                journal.set("sources", sources)
+                journal.set("arguments", arguments)
+            _same(run.out, arguments, journal.get("arguments"), sources, journal.get("sources"))
+            run.clean(journal)
+            run.scan(journal)
+            if val < 1:
+                below = int(val * 2**VAL_BITS) - 1
+            else:
+                below = journal.smallest_key(min(int(val), journal.rows() // 10))
+            run.convert(journal, below)
+            return run.finish(journal, arguments, sources)
+    except KeyboardInterrupt as stop:
+        done, units = journal.count("result")
+        print(f"prepare: stopped; {done} of {units} units are done, the same command continues", file=sys.stderr)
+        raise SystemExit(EXIT_CODES.get(getattr(stop, "number", signal.SIGINT), 130)) from None

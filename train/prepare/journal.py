@@ -53,7 +53,6 @@ class Journal:
             self.db.executemany(
                 "INSERT INTO units (id, unit) VALUES (?, ?)", ((i, json.dumps(u)) for i, u in enumerate(units))
             )
-            self.set("planned", True)
         except BaseException:
             self.db.execute("ROLLBACK")
             raise

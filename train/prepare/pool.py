@@ -57,7 +57,7 @@ class Pool:
 
     def __init__(self, workers: int, make: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
         context = multiprocessing.get_context("forkserver")  # no locks or threads of ours are copied
-        context.set_forkserver_preload(["train.prepare.units"])
+        context.set_forkserver_preload(["train.prepare.units", "streaming"])
         self.processes: dict[Connection, Any] = {}
         for _ in range(workers):
             ours, theirs = context.Pipe()

@@ -14,17 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming import MDSWriter
-from streaming.base.compression import decompress
 
 BASE_COLUMNS = {"image": "bytes", "caption": "str", "meta": "json"}
-
-
-class _RawWriter(MDSWriter):
-    """Writes samples that are MDS-encoded already."""
-
-    def encode_sample(self, sample: Any) -> bytes:
-        return sample
 
 
 def writer(folder: Path, columns: Iterable[str], compression: str | None, size_limit: int, raw: bool = False) -> Any:
@@ -32,7 +23,9 @@ def writer(folder: Path, columns: Iterable[str], compression: str | None, size_l
 
     raw: its samples are bytes that `raw_samples` gave.
     """
-    return (_RawWriter if raw else MDSWriter)(
+    from streaming import MDSWriter  # imports torch: only those who write wait for it
+
+    out = MDSWriter(
         out=str(folder),
         columns={**BASE_COLUMNS, **dict.fromkeys(columns, "str")},
         compression=compression,
@@ -40,6 +33,9 @@ def writer(folder: Path, columns: Iterable[str], compression: str | None, size_l
         size_limit=size_limit,
         max_workers=1,
     )
+    if raw:
+        out.encode_sample = bytes
+    return out
 
 
 def sync(path: Path) -> None:
@@ -79,6 +75,8 @@ def rename(shard: dict[str, Any], stem: str) -> dict[str, Any]:
 
 def raw_samples(folder: Path, shard: dict[str, Any]) -> Iterable[bytes]:
     """The samples of a shard as MDS encodes them, in order."""
+    from streaming.base.compression import decompress
+
     data = (folder / stored(shard)["basename"]).read_bytes()
     if shard["zip_data"]:
         data = decompress(shard["compression"], data)

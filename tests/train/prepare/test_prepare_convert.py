@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from streaming import StreamingDataset
+from streaming.base.compression import decompress
+from streaming.base.format import reader_from_json
 
 from train.prepare import convert, jsonl, shards
 from train.prepare.__main__ import main
@@ -63,7 +65,19 @@ def run(*argv, workers=1, size=32):
 
 
 def read(folder):
-    return list(StreamingDataset(local=str(folder), batch_size=1))
+    """All samples by streaming's reader, the hashes checked; no shared memory, unlike a StreamingDataset."""
+    samples = []
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        raw, packed = (shard["raw_data"], shard["zip_data"])
+        data = (folder / packed["basename"]).read_bytes()
+        for part, content in ((packed, data), (raw, decompress(shard["compression"], data))):
+            assert part["hashes"] == {"sha256": hashlib.sha256(content).hexdigest()}
+            assert part["bytes"] == len(content)
+        (folder / raw["basename"]).write_bytes(content)
+        reader = reader_from_json(str(folder), None, shard)
+        samples += [reader[i] for i in range(shard["samples"])]
+        (folder / raw["basename"]).unlink()
+    return samples
 
 
 def contents(out):
@@ -397,6 +411,13 @@ def test_bad_flags_give_one_line_and_exit_code_2(tmp_path, capsys, flags, named)
     error = capsys.readouterr().err
     assert named.format(source=source) in error
     assert error.count("\n") == 1
+    assert list(tmp_path.rglob("*.mds*")) == []
+
+
+def test_the_right_flags_may_follow_wrong_ones(tmp_path):
+    source, out = write_jsonl(tmp_path), tmp_path / "out"
+    assert run("jsonl", source, "--out", out, "--captions", "text") == 2
+    assert run("jsonl", source, "--out", out, "--captions", "caption") == 0
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("jsonl", ".jsonl.zst"), ("parquet", ".parquet")])
