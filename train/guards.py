@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from train.config import GuardConfig
-from train.distributed import Ranks
+from train.distributed import Alarm, Ranks
 
 PREEMPTED, STALLED = 75, 70  # exit codes: a checkpoint was written on a signal; a step did not end (sysexits.h)
+GRACE = 2.0  # seconds for a rank to end by itself, when another has ended
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -138,13 +139,17 @@ def skip_step(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 class Watchdog:
-    """Ends this process when a phase takes longer than `seconds`, and says which rank hung, where, and its stacks."""
+    """Ends this process when a phase takes longer than `seconds`, and says which rank hung, where, and its stacks.
 
-    def __init__(self, seconds: float, rank: int) -> None:
-        self.seconds, self.rank = seconds, rank
+    Also, in silence and soon, when another rank cannot go on: what this one waits for will not come.
+    """
+
+    def __init__(self, seconds: float, ranks: Ranks) -> None:
+        self.seconds, self.rank = seconds, ranks.rank
         self._phase, self._since, self._step = "", None, 0  # type: str, float | None, int
         self._done = threading.Event()
-        if seconds:
+        self._alarm = Alarm() if ranks.world > 1 else None
+        if seconds or self._alarm:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def at(self, phase: str, step: int | None = None) -> None:
@@ -153,9 +158,11 @@ class Watchdog:
         self._phase, self._since = phase, time.monotonic() if phase else None
 
     def _watch(self) -> None:
-        while not self._done.wait(min(1.0, self.seconds / 4)):
+        while not self._done.wait(min(1.0, self.seconds / 4 or 1.0)):
+            if self._alarm and self._alarm.sounds() and not self._done.wait(GRACE):
+                os._exit(1)
             since, phase = self._since, self._phase
-            if since is not None and time.monotonic() - since > self.seconds:
+            if self.seconds and since is not None and time.monotonic() - since > self.seconds:
                 print(
                     f"error: rank {self.rank} has been in {phase!r} of step {self._step} for more than "
                     f"{self.seconds:g} s (guard.stall_seconds); its stacks:",
@@ -165,6 +172,8 @@ class Watchdog:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 os._exit(STALLED)
 
-    def close(self) -> None:
-        """Stop watching."""
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._done.set()

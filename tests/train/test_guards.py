@@ -106,7 +106,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_next_one_continues(trai
 
 def test_a_phase_that_never_ends_ends_the_process_with_its_stacks():
     code = (
-        "import threading; from train.guards import Watchdog; w = Watchdog(0.2, 3); w.at('data', 7);"
+        "import threading, torch; from train.guards import Watchdog; from train.distributed import Ranks;"
+        "w = Watchdog(0.2, Ranks(3, 1, 0, torch.device('cpu'))); w.at('data', 7);"
         "threading.Event().wait(60)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
