@@ -81,6 +81,33 @@ def start(timeout_seconds: float = 1800.0) -> Ranks:
     return ranks
 
 
+ALARM = "semantic-routing/alarm"  # a key of the process group's store: there when some rank cannot go on
+
+
+def sound_alarm() -> bool:
+    """Tell all ranks that this one cannot go on, without a collective; whether it is the first to say so."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add(ALARM, 1) == 1
+    except RuntimeError:  # the rank that keeps the store is gone, and has said why
+        return False
+
+
+class Alarm:
+    """Listens for `sound_alarm` on a connection of its own, for a thread beside the one that trains."""
+
+    def __init__(self) -> None:
+        self._store = dist.distributed_c10d._get_default_store().clone()
+
+    def sounds(self) -> bool:
+        """Whether a rank cannot go on, or the one that keeps the store is gone."""
+        try:
+            return self._store.check([ALARM])
+        except RuntimeError:
+            return True
+
+
 # dense bf16 (the makers' data sheets, without sparsity), by what the device's name holds, the more exact names first
 PEAKS = {
     "H100 PCIe": 756e12,

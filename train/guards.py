@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from train.config import GuardConfig
-from train.distributed import Ranks
+from train.distributed import Alarm, Ranks
 
 PREEMPTED, STALLED = 75, 70  # exit codes: a checkpoint was written on a signal; a step did not end (sysexits.h)
+BEAT = 1.0  # seconds between a watchdog's looks
+GRACE = 2.0  # seconds for a rank to end by itself, when another has ended
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -146,8 +148,6 @@ class Places:
     With one rank there is nothing to tell.
     """
 
-    BEAT = 1.0  # seconds
-
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.store = None
@@ -178,7 +178,7 @@ class Places:
             for rank in range(self.ranks.world):
                 its_phase, its_step, when = json.loads(self.store.get(f"place/{rank}"))
                 age = time.time() - when
-                if age > 5 * self.BEAT:
+                if age > 5 * BEAT:
                     found.append(f"rank {rank} was last heard of {age:.0f} s ago, in {its_phase!r} of step {its_step}")
                 elif (its_phase, its_step) != (phase, step):
                     found.append(f"rank {rank} is in {its_phase!r} of step {its_step}")
@@ -187,6 +187,8 @@ class Places:
 class Watchdog:
     """Ends this process when a phase takes longer than `seconds`; says which rank hung, where, where the others are,
     and its stacks. 0 seconds: never.
+
+    Also, in silence and soon, when another rank cannot go on: what this one waits for will not come.
     """
 
     def __init__(self, seconds: float, ranks: Ranks) -> None:
@@ -194,20 +196,26 @@ class Watchdog:
         self._phase, self._since, self._step = "", None, 0  # type: str, float | None, int
         self._done = threading.Event()
         if seconds:
-            self.places = Places(ranks)
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            threading.Thread(target=self._watch, args=(Places(ranks),), name="watchdog", daemon=True).start()
+        if ranks.world > 1:  # a thread of its own: a store that does not answer holds it up
+            threading.Thread(target=self._listen, args=(Alarm(),), name="alarm", daemon=True).start()
 
     def at(self, phase: str, step: int | None = None) -> None:
         """This phase begins now; "" for one that may take any time."""
         self._step = self._step if step is None else step
         self._phase, self._since = phase, time.monotonic() if phase else None
 
-    def _watch(self) -> None:
-        while not self._done.wait(min(Places.BEAT, self.seconds / 4)):
+    def _listen(self, alarm: Alarm) -> None:
+        while not self._done.wait(BEAT):
+            if alarm.sounds() and not self._done.wait(GRACE):
+                os._exit(1)
+
+    def _watch(self, places: Places) -> None:
+        while not self._done.wait(min(BEAT, self.seconds / 4)):
             since, phase, step = self._since, self._phase, self._step
-            self.places.tell(phase, step)
+            places.tell(phase, step)
             if since is not None and time.monotonic() - since > self.seconds:
-                others = self.places.others(phase, step)
+                others = places.others(phase, step)
                 print(
                     f"error: rank {self.ranks.rank} has been in {phase!r} of step {step} for more than "
                     f"{self.seconds:g} s (guard.stall_seconds); {''.join(f'{line}; ' for line in others)}its stacks:",
@@ -217,6 +225,8 @@ class Watchdog:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 os._exit(STALLED)
 
-    def close(self) -> None:
-        """Stop watching."""
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._done.set()

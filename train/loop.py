@@ -18,7 +18,7 @@ from sr_model.flow import interpolate, logit_normal_times, velocity
 from train import checkpoint
 from train.assemble import Parts, assemble
 from train.config import Config, ConfigError
-from train.distributed import peak_flops, start
+from train.distributed import Ranks, peak_flops, start
 from train.draws import draw
 from train.evaluate import Evaluator, fusion_row, score_table
 from train.guards import PREEMPTED, Guard, Watchdog, skip_step
@@ -97,9 +97,15 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock, guard: Gu
 def train(config: Config) -> int:
     """Run the training program; 0 when it finished or was stopped where asked, PREEMPTED when a signal stopped it.
 
-    Raises: ConfigError for a setting that cannot be used, NonFiniteSteps, CheckpointError.
+    Raises: ConfigError for a setting that cannot be used, NonFiniteSteps, CheckpointError; DataError on some rank.
     """
     ranks = start(2 * config.guard.stall_seconds)  # the watchdog speaks first: it knows more than a collective call
+    with Watchdog(config.guard.stall_seconds, ranks) as watchdog:
+        return run(config, ranks, watchdog)
+
+
+def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
+    """`train` on the ranks that were started."""
     folder, checkpoints = config.folder, config.folder / "checkpoints"
     target = min(config.steps, config.stop_at or config.steps)
     found = checkpoint.find(checkpoints, ranks)
@@ -131,7 +137,7 @@ def train(config: Config) -> int:
     elif ranks.first:
         (folder / "config.yaml").write_text(config.to_yaml())
     log = RunLog(folder, ranks.first, config.steps, step)
-    guard, watchdog = Guard(config.guard, parts.engine, ranks), Watchdog(config.guard.stall_seconds, ranks)
+    guard = Guard(config.guard, parts.engine, ranks)
     guard.listen()
     clock = Clock(ranks.device, watchdog.at)
     batches = iter(parts.loader)
@@ -186,10 +192,10 @@ def train(config: Config) -> int:
         say(f"stopped at step {step} of {config.steps}; the same command without --stop_at continues")
     else:
         finish(evaluator, parts, log, step - trained, seconds, spent, first_losses)
-    watchdog.close()
     guard.close()
     log.close()
     parts.loader.close()
+    ranks.barrier()  # a rank that leaves early would look like one that died
     return PREEMPTED if guard.stopping else 0
 
 

@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from train.checkpoint import CheckpointError
         from train.data import DataError
+        from train.distributed import sound_alarm
         from train.guards import NonFiniteSteps
         from train.loop import train
     except ConfigError as error:
@@ -30,8 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except ConfigError as error:
         return fail(error)
-    except (NonFiniteSteps, CheckpointError, DataError) as error:
+    except (NonFiniteSteps, CheckpointError) as error:
         fail(error)
+        return 1
+    except DataError as error:  # of this rank, perhaps of others
+        if sound_alarm():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
 
 

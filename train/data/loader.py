@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import queue
 import signal
@@ -21,6 +22,7 @@ from train.data.source import Source
 
 AHEAD = 2  # micro-batches made before they are asked for, where no loader process makes them
 JOIN = 5.0  # seconds that closing waits for the thread that makes them
+PR_SET_PDEATHSIG = 1
 Batch = tuple[Tensor, list[str]]
 
 
@@ -28,6 +30,7 @@ def _outlive_signals(worker: int) -> None:
     """A signal to the whole process group is the trainer's to answer: it still needs its workers for a step."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to wait for its siblings when the trainer is dead
 
 
 @atexit.register  # runs before multiprocessing's own hook, which asks by SIGTERM and then waits for ever

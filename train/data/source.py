@@ -133,10 +133,10 @@ def open_data(data: DataConfig, ranks: Ranks) -> dict[str, Index]:
             clean_stale()
             result = {name: open_split(split(data, name)) for name in ("train", "val")}
             source, largest = split(data, "train"), result["train"].largest
-            if source.cache_bytes is not None and source.cache_bytes < 4 * largest + (1 << 20):
+            if source.cache_bytes is not None and source.cache_bytes < 4 * largest:
                 raise ConfigError(
-                    f"data.cache_gb: wanted room for four of the largest shards, {4 * largest / (1 << 30):.2g} GiB and "
-                    f"more, got {data.cache_gb}"
+                    f"data.cache_gb: wanted room for four of the largest shards, {4 * largest / (1 << 30):.2g}, "
+                    f"got {data.cache_gb}"
                 )
             if source.remote:
                 fetch_prompts(root(data))

@@ -1,0 +1,206 @@
+"""Shards are compared with the index; what a folder lacks comes from where it was, whole."""
+
+import bz2
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import zstd
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.config import ConfigError, DataConfig
+from train.data import DataError, Source, TrainLoader, open_data, read_split, split
+from train.data.errors import plain
+from train.data.memory import SHARED, claims, clean_stale
+from train.data.shards import undo, zstd_frame
+
+
+@given(st.binary(max_size=3000), st.integers(0, 40), st.sampled_from([1, 3, 19]))
+def test_every_compression_is_undone(data, times, level):
+    data = data * (1 + times)
+    for packed, kind in (
+        (zstd.compress(data, level), "zstd"),
+        (bz2.compress(data), "bz2:9"),
+        (gzip.compress(data), "gz"),
+    ):
+        if data:
+            assert undo(packed, kind, len(data)) == data
+            for size in (len(data) - 1, len(data) + 1):
+                with pytest.raises(ValueError, match="unpacks to"):
+                    undo(packed, kind, size)
+
+
+@given(st.binary(min_size=1, max_size=3000), st.data())
+def test_a_zstd_file_is_one_frame(data, draw):
+    packed = zstd.compress(data)
+    assert zstd_frame(packed) == len(data)
+    cut = draw.draw(st.integers(0, len(packed) - 1))
+    for bad in (packed[:cut], packed + packed, packed + b"x", b"PK" + packed):
+        with pytest.raises(ValueError, match="frame"):
+            zstd_frame(bad)
+
+
+@pytest.mark.parametrize(("kind", "pack"), [("zstd", zstd.compress), ("bz2", bz2.compress), ("gz", gzip.compress)])
+def test_a_bomb_takes_no_memory(kind, pack):
+    bomb = pack(bytes(1 << 26))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="unpacks to"):
+            undo(bomb, kind, 1000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 21
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_folder_elsewhere_is_copied_and_mended(corpus, tmp_path, ranks_alone):
+    data = DataConfig(path=str(corpus), cache=str(tmp_path))
+    indices = open_data(data, ranks_alone)
+    assert indices["train"].samples == 40
+    train = split(data, "train")
+    assert train.folder.is_relative_to(tmp_path)
+    images, captions = read_split(train, 32, 5)
+    (shard,) = train.folder.glob("shard*")
+    good = shard.read_bytes()
+    for damage in (good[:-1], bytes([good[0] ^ 1]) + good[1:], None):
+        shard.write_bytes(damage) if damage else shard.unlink()
+        again, same = read_split(train, 32, 5)
+        assert (again == images).all()
+        assert same == captions
+        assert shard.read_bytes() == good
+    assert sorted(p.name for p in train.folder.iterdir()) == ["index.json", shard.name]
+
+
+def test_an_older_index_in_the_cache_is_not_used(corpus, tmp_path, ranks_alone):
+    own = tmp_path / "own"
+    shutil.copytree(corpus, own)
+    data = DataConfig(path=str(own), cache=str(tmp_path / "cache"))
+    open_data(data, ranks_alone)
+    index = json.loads((own / "train" / "index.json").read_text())
+    index["shards"][0]["samples"] = 39
+    (own / "train" / "index.json").write_text(json.dumps(index))
+    assert open_data(data, ranks_alone)["train"].samples == 39
+
+
+def test_a_cache_too_small_is_refused(corpus, tmp_path, ranks_alone):
+    data = DataConfig(path=str(corpus), cache=str(tmp_path), cache_gb=1e-7)
+    with pytest.raises(ConfigError, match=r"data.cache_gb: wanted room for four of the largest shards, .* got 1e-07"):
+        open_data(data, ranks_alone)
+
+
+def test_no_index_where_there_should_be_one(tmp_path, ranks_alone):
+    for data in (DataConfig(path=str(tmp_path)), DataConfig(path=str(tmp_path), cache=str(tmp_path / "cache"))):
+        with pytest.raises(ConfigError, match=r"data.path: .*train/index.json"):
+            open_data(data, ranks_alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_decoded_is_named(corpus, tmp_path, workers):
+    """Its hash is right: it was written so."""
+    import hashlib
+
+    shutil.copytree(corpus / "train", tmp_path / "train")
+    (shard,) = (tmp_path / "train").glob("shard*")
+    shard.write_bytes(shard.read_bytes().replace(b"IHDR", b"IHDX"))
+    path = tmp_path / "train" / "index.json"
+    index = json.loads(path.read_text())
+    index["shards"][0]["raw_data"]["hashes"]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    path.write_text(json.dumps(index))
+    loader = TrainLoader(Source(tmp_path / "train"), 32, 4, 4, workers, 0)
+    with pytest.raises(DataError, match=rf"^{shard}, sample \d+ cannot be decoded: ") as caught:
+        next(iter(loader))
+    assert "\n" not in str(caught.value)
+    loader.close()
+
+
+def test_the_size_of_images_is_named(corpus):
+    for workers in (0, 2):
+        loader = TrainLoader(Source(corpus / "train"), 64, 4, 4, workers, 0)
+        with pytest.raises(ConfigError, match=r"^data.image_size: wanted 64x64 images, the shards hold 32x32$"):
+            next(iter(loader))
+        loader.close()
+
+
+def test_a_batch_larger_than_the_split_is_refused(corpus):
+    with pytest.raises(ConfigError, match=r"batch_size: wanted at most the 40 samples of .*train, got 41"):
+        TrainLoader(Source(corpus / "train"), 32, 41, 41, 0, 0)
+
+
+def test_a_loader_leaves_nothing_in_shared_memory(corpus):
+    before = set(SHARED.iterdir()) | set(claims().glob("*"))
+    loader = TrainLoader(Source(corpus / "train"), 32, 4, 8, 0, 0)
+    next(iter(loader))
+    loader.close()
+    prefix = f"{loader.dataset._shm_prefix_int:06}"
+    left = set(SHARED.iterdir()) | set(claims().glob("*"))
+    assert not [path for path in left - before if path.name.startswith(prefix)]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from train.data import Source, TrainLoader
+loader = TrainLoader(Source(Path(sys.argv[1])), 32, 4, 8, 0, 0)
+next(iter(loader))
+print(loader.dataset._shm_prefix_int, flush=True)
+time.sleep(600)
+"""
+
+
+def test_only_what_a_dead_process_left_is_cleaned(corpus):
+    command = [sys.executable, "-c", HOLD, str(corpus / "train")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)]
+    try:
+        first = int(processes[0].stdout.readline())
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        second = int(processes[1].stdout.readline())
+        names = {p: {path.name for path in SHARED.glob(f"{p:06}_*")} for p in (first, second)}
+        assert len(names[first]) >= 6
+        assert len(names[second]) >= 6
+        os.killpg(processes[0].pid, 9)  # its resource tracker too, which else might tidy up
+        processes[0].wait()
+        assert first in clean_stale()
+        assert not list(SHARED.glob(f"{first:06}_*"))
+        assert {path.name for path in SHARED.glob(f"{second:06}_*")} == names[second]
+        assert second not in clean_stale()
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+            process.wait()
+            process.stdout.close()
+        clean_stale()
+
+
+def test_a_segment_taken_by_another_since_is_not_touched(tmp_path):
+    folder = claims()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    (folder / "999999").write_text(f"{'1 2':<64}")
+    other = SHARED / "999999_locals"
+    other.write_bytes(b"another job's")
+    try:
+        assert 999999 not in clean_stale()
+        assert other.exists()
+        assert not (folder / "999999").exists()
+    finally:
+        other.unlink()
+
+
+def test_one_line_of_any_error():
+    assert plain(ValueError("a: b")) == "a: b"
+    wrapped = 'Caught DataError in worker process 0.\nTraceback\n  File "x"\ntrain.data.errors.DataError: /x: bad\n'
+    assert plain(RuntimeError(wrapped)) == "/x: bad"
+    assert plain(RuntimeError("")) == "RuntimeError"
+
+
+def test_paths_stay_paths():
+    data = DataConfig(path="s3://bucket/set/", cache="/c")
+    assert split(data, "train").remote == "s3://bucket/set/train"
+    assert split(data, "train").at("index.json") == "s3://bucket/set/train/index.json"
+    assert split(DataConfig(path="here"), "val") == Source(Path("here/val"))
