@@ -153,6 +153,7 @@ def save(
             return {}
         name = f"{kind}-{part:03d}-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
         save_file(share, partial / name)
+        (partial / name).chmod(partial.stat().st_mode & 0o666)  # safetensors leaves it readable by its owner alone
         return hashed(name)
 
     def write_facts() -> dict[str, Any]:

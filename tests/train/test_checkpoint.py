@@ -118,6 +118,7 @@ def test_what_is_kept_is_whole_tensors_shared_out_by_size(folder):
     assert (facts["step"], facts["world"], facts["zero"], facts["model"]["strategy"]) == (4, 1, 1, "s3")
     tensors = {kind: checkpoint.read_tensors(path, kind) for kind in checkpoint.KINDS}
     assert {tuple(sorted(t)) for t in tensors.values()} == {tuple(sorted(tensors["master"]))}
+    assert (path / FILE).stat().st_mode & 0o777 == (path / "state.json").stat().st_mode & 0o777
     assert all(t.dtype == torch.float32 for kind in tensors.values() for t in kind.values())
     assert not torch.equal(tensors["ema"]["proj_out.weight"], tensors["master"]["proj_out.weight"])
 
