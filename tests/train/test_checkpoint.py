@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.train.test_run import losses
 from train import checkpoint
@@ -66,6 +68,31 @@ def test_a_broken_checkpoint_is_named_and_passed_over(folder, harm, message, cap
     printed = capsys.readouterr().err
     assert "checkpoint step-0000004 is passed over: " in printed
     assert message in printed
+
+
+def test_any_flipped_bit_and_any_cut_of_any_file_is_found(run, tmp_path_factory):
+    path = shutil.copytree(run / "checkpoints" / "step-0000004", tmp_path_factory.mktemp("flipped") / "step-0000004")
+    content = {file: file.read_bytes() for file in sorted(path.iterdir())}
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.sampled_from(list(content)), st.floats(0, 1, exclude_max=True), st.integers(0, 8))
+    def harm(file, share, bit):
+        data = bytearray(content[file])
+        at = int(share * len(data))
+        if bit == 8:
+            del data[at:]
+        else:
+            data[at] ^= 1 << bit
+        file.write_bytes(data)
+        try:
+            found = checkpoint.fault(path)
+            assert found is not None
+            assert str(path) in found
+        finally:
+            file.write_bytes(content[file])
+
+    harm()
+    assert checkpoint.fault(path) is None
 
 
 def test_with_none_whole_the_run_does_not_start_anew(folder, tiny_flags, capsys):
