@@ -153,6 +153,7 @@ def save(
             return {}
         name = f"{kind}-{part:03d}-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
         save_file(share, partial / name)
+        (partial / name).chmod(partial.stat().st_mode & 0o666)  # safetensors leaves it readable by its owner alone
         return hashed(name)
 
     def write_facts() -> dict[str, Any]:
@@ -215,7 +216,8 @@ def save(
 def fault(path: Path, rank: int = 0, world: int = 1) -> str | None:
     """What is wrong with a checkpoint, naming the file; None for a whole one. Hashes are shared out over the ranks."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        step, files = manifest["step"], manifest["files"]
         expected = [(name, int(facts["bytes"]), str(facts["sha256"])) for name, facts in sorted(files.items())]
     except FileNotFoundError:
         return f"{path / MANIFEST} is missing"
@@ -229,7 +231,11 @@ def fault(path: Path, rank: int = 0, world: int = 1) -> str | None:
             return f"{file} has {file.stat().st_size} bytes, wanted {size}"
         if i % world == rank and sha256(file) != digest:
             return f"{file} is not what was written (SHA-256 differs)"
-    return None
+    try:
+        written = json.loads((path / STATE).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path / STATE} cannot be read: {error}"
+    return None if step == written else f"{path / MANIFEST} is of step {step}, {STATE} of step {written}"
 
 
 def candidates(folder: Path) -> list[Path]:

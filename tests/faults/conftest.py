@@ -262,7 +262,13 @@ class Forks:
 
     def __init__(self, folder, flags):
         self.folder, self.flags, self.mark = folder, flags, uuid.uuid4().hex
-        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: self.mark, "TOKENIZERS_PARALLELISM": "false"}
+        own = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # one ninja: another one builds all anew
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            MARK: self.mark,
+        }
         alone = []
         if os.geteuid() == 0 and shutil.which("unshare"):  # with shared memory of its own: other runs name theirs alike
             alone = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]

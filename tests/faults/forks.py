@@ -69,7 +69,7 @@ def signal_at_file_operation(step, number, which):
 
 
 def die_in_write(step, size):
-    """The kernel kills the process as it writes past `size` bytes of a file of the saving of `step`."""
+    """The kernel kills the process within `save_file`, as a file of the saving of `step` grows past `size` bytes."""
 
     def begin():
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.train.test_run import losses
 from train import checkpoint
@@ -68,6 +70,31 @@ def test_a_broken_checkpoint_is_named_and_passed_over(folder, harm, message, cap
     assert message in printed
 
 
+def test_any_flipped_bit_and_any_cut_of_any_file_is_found(run, tmp_path_factory):
+    path = shutil.copytree(run / "checkpoints" / "step-0000004", tmp_path_factory.mktemp("flipped") / "step-0000004")
+    content = {file: file.read_bytes() for file in sorted(path.iterdir())}
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.sampled_from(list(content)), st.floats(0, 1, exclude_max=True), st.integers(0, 8))
+    def harm(file, share, bit):
+        data = bytearray(content[file])
+        at = int(share * len(data))
+        if bit == 8:
+            del data[at:]
+        else:
+            data[at] ^= 1 << bit
+        file.write_bytes(data)
+        try:
+            found = checkpoint.fault(path)
+            assert found is not None
+            assert str(path) in found
+        finally:
+            file.write_bytes(content[file])
+
+    harm()
+    assert checkpoint.fault(path) is None
+
+
 def test_with_none_whole_the_run_does_not_start_anew(folder, tiny_flags, capsys):
     for step in folder.glob("step-*"):
         flip(step / "state.json", 40)
@@ -118,6 +145,7 @@ def test_what_is_kept_is_whole_tensors_shared_out_by_size(folder):
     assert (facts["step"], facts["world"], facts["zero"], facts["model"]["strategy"]) == (4, 1, 1, "s3")
     tensors = {kind: checkpoint.read_tensors(path, kind) for kind in checkpoint.KINDS}
     assert {tuple(sorted(t)) for t in tensors.values()} == {tuple(sorted(tensors["master"]))}
+    assert (path / FILE).stat().st_mode & 0o777 == (path / "state.json").stat().st_mode & 0o777
     assert all(t.dtype == torch.float32 for kind in tensors.values() for t in kind.values())
     assert not torch.equal(tensors["ema"]["proj_out.weight"], tensors["master"]["proj_out.weight"])
 
