@@ -316,7 +316,7 @@ inline std::string run_cluster(int64_t index, int64_t count, size_t shared, unsi
     if (seed) std::shuffle(order.begin(), order.end(), random);
     for (Fiber* f : order) {
       alive |= !f->finished;
-      if (f->finished || (late && f->block == seed % 2) || (f->awaited && *f->awaited == f->seen)) continue;
+      if (f->finished || (late && f->block == static_cast<int>(seed % 2)) || (f->awaited && *f->awaited == f->seen)) continue;
       mine.running = f;
       swapcontext(&mine.scheduler, &f->context);
       if (!mine.error.empty()) break;
