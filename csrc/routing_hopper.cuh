@@ -45,9 +45,9 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Mean and sum of squared deviations of `count` bf16, a multiple of 8, by a warp. The deviations' own mean is added to
-// the mean and taken from their squares, so that a constant row has the exact mean.
-__device__ __forceinline__ float2 half_row_moments(const uint4* row, int count, int lane) {
+// Mean and sum of squared deviations of `count` bf16, a multiple of 8, by a warp; `over` is 1 / count. The deviations'
+// own mean is added to the mean and taken from their squares, so that a constant row has the exact mean.
+__device__ __forceinline__ float2 half_row_moments(const uint4* row, int count, float over, int lane) {
   float sum[4] = {};
   for (int i = lane; i < count / 8; i += 32) {
     const uint4 v = row[i];
@@ -56,8 +56,7 @@ __device__ __forceinline__ float2 half_row_moments(const uint4* row, int count, 
     sum[2] += low_bfloat(v.z) + high_bfloat(v.z);
     sum[3] += low_bfloat(v.w) + high_bfloat(v.w);
   }
-  const float size = static_cast<float>(count);
-  const float middle = warp_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) / size;
+  const float middle = warp_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) * over;
   float rest[4] = {}, square[4] = {};
   for (int i = lane; i < count / 8; i += 32) {
     const uint4 v = row[i];
@@ -70,9 +69,9 @@ __device__ __forceinline__ float2 half_row_moments(const uint4* row, int count, 
       square[j] += b * b;
     }
   }
-  const float error = warp_sum((rest[0] + rest[1]) + (rest[2] + rest[3])) / size;
+  const float error = warp_sum((rest[0] + rest[1]) + (rest[2] + rest[3])) * over;
   const float squares = warp_sum((square[0] + square[1]) + (square[2] + square[3]));
-  return {middle + error, fmaxf(squares - size * error * error, 0.0f)};
+  return {middle + error, fmaxf(squares - static_cast<float>(count) * error * error, 0.0f)};
 }
 
 // Mean and rstd of a row from the moments of its halves, `count` elements each.
@@ -188,6 +187,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARPS, 1)
   const int rank = machine::block_index() % 2, half = a.channels / 2, pitch = a.channels + PAD_BYTES;
   const int64_t first = machine::block_index() / 2, step = machine::block_count() / 2;
   const int stage_size = a.layers * pitch;
+  const float over = 1.0f / static_cast<float>(half);
 
   if (thread == 0) {
     for (int s = 0; s < MAX_STAGES; ++s) machine::barrier_init(&shared->full[s]);
@@ -221,7 +221,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARPS, 1)
     machine::barrier_wait(&shared->full[stage], parity);
     if (!a.given) {
       for (int l = warp; l < a.layers; l += WARPS) {
-        const float2 moments = half_row_moments(reinterpret_cast<const uint4*>(rows + l * pitch), half, lane);
+        const float2 moments = half_row_moments(reinterpret_cast<const uint4*>(rows + l * pitch), half, over, lane);
         if (lane == 0) shared->moments[turn][rank][l] = moments;
         if (lane == 1) machine::send_peer(&shared->moments[turn][rank][l], moments, &shared->met[turn], 1 - rank);
       }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sr_kernels import checks
-from sr_kernels.routing import build
+from sr_kernels.routing import build, reference
 
 DTYPES = (torch.bfloat16,)
 CAPABILITY = (9, 0)
@@ -79,13 +79,6 @@ def why_not() -> str | None:
     return None
 
 
-def with_squares(grad: Tensor, out: Tensor | None, grad_squares: Tensor | None) -> Tensor:
-    """grad plus what reaches out through its squares: d(sum out^2) = 2 out."""
-    if out is None or grad_squares is None:
-        return grad
-    return grad + (2 * grad_squares[..., None] * out.to(grad_squares.dtype)).to(grad.dtype)
-
-
 @torch.library.impl("sr_kernels::native_layer_stats", "cuda")
 def _layer_stats(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
     from sr_kernels.routing import launch
@@ -105,4 +98,4 @@ def _route_backward(
 ) -> Tensor:
     from sr_kernels.routing import launch
 
-    return launch.route_backward(with_squares(grad, out, grad_sumsq), hidden, mean, rstd, cu_seqlens)
+    return launch.route_backward(reference.with_squares(grad, out, grad_sumsq), hidden, mean, rstd, cu_seqlens)

@@ -244,7 +244,7 @@ class _Route(torch.autograd.Function):
             squares = None if out is None else grad_squares
             d_weights = torch.ops.sr_kernels.native_route_backward(grad, hidden, mean, rstd, cu_seqlens, out, squares)
         else:
-            grad = hopper.with_squares(grad, out, grad_squares)
+            grad = reference.with_squares(grad, out, grad_squares)
             d_weights = torch.ops.sr_kernels.route_backward(grad, hidden, mean, rstd, cu_seqlens, ctx.backend)
         return d_weights, None, None, None, None, None
 

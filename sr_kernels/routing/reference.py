@@ -79,3 +79,10 @@ def route_backward(
     batch = cu_seqlens.numel() - 1
     zeros = per_token.new_zeros(batch, *per_token.shape[1:])
     return zeros.index_add_(0, sample_of_token(cu_seqlens, xhat.shape[1]), per_token)
+
+
+def with_squares(grad: Tensor, out: Tensor | None, grad_squares: Tensor | None) -> Tensor:
+    """grad plus what reaches out through its squares: d(sum out^2) = 2 out."""
+    if out is None or grad_squares is None:
+        return grad
+    return grad + (2 * grad_squares[..., None] * out.to(grad_squares.dtype)).to(grad.dtype)

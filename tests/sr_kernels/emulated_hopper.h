@@ -1,8 +1,9 @@
 // csrc/hopper_machine.cuh in plain C++: a cluster's 2 x 384 threads as fibers of one thread of the CPU.
 //
-// The order of the fibers and the time at which asynchronous copies land are drawn from a seed. Shared memory and the
-// targets of copies under way hold NaN, so that what is read too early, or after it was given back, is seen. Collective
-// calls (shuffles, tensor cores, barriers) check that all their threads come, and to the same one.
+// The order of the fibers and the time at which asynchronous copies land are drawn from a seed (0: the plain order), and
+// one block starts long before the other. Shared memory and the targets of copies under way hold NaN, so that what is
+// read too early, or after it was given back, is seen. Collective calls (shuffles, tensor cores) check that all lanes of
+// the warp come, and to the same one.
 #pragma once
 
 #include <ucontext.h>
@@ -193,6 +194,7 @@ inline void send_peer(float2* place, float2 value, uint64_t* barrier, int peer) 
   require(peer == 1 - cluster->running->block, "the other block");
   const auto there = [&](const void* p) { return cluster->blocks[peer].base + shared_offset(p); };
   Copy copy{there(place), nullptr, 8, reinterpret_cast<uint64_t*>(there(barrier)), {}};
+  require(cluster->barriers.count(copy.barrier), "the other block has not started");
   std::memcpy(copy.sent.data(), &value, 8);
   std::memset(copy.to, 0xff, 8);
   cluster->copies.push_back(copy);
@@ -307,19 +309,21 @@ inline std::string run_cluster(int64_t index, int64_t count, size_t shared, unsi
     order.push_back(&f);
   }
   std::mt19937 random(seed);
+  bool late = seed != 0;  // one block starts when the other has nothing left to do
   for (bool alive = true; alive && mine.error.empty();) {
     alive = false;
     const uint64_t before = mine.progress;
     if (seed) std::shuffle(order.begin(), order.end(), random);
     for (Fiber* f : order) {
       alive |= !f->finished;
-      if (f->finished || (f->awaited && *f->awaited == f->seen)) continue;
+      if (f->finished || (late && f->block == static_cast<int>(seed % 2)) || (f->awaited && *f->awaited == f->seen)) continue;
       mine.running = f;
       swapcontext(&mine.scheduler, &f->context);
       if (!mine.error.empty()) break;
     }
     const bool stuck = alive && mine.progress == before;
     if (!mine.copies.empty() && (stuck || random() % 4 == 0)) land(random() % mine.copies.size());
+    else if (stuck && late) late = false;
     else if (stuck && mine.error.empty()) mine.error = "deadlock";
   }
   if (mine.error.empty() && !mine.copies.empty()) mine.error = "copies under way at the end";

@@ -315,7 +315,7 @@ def on_gpu(hidden, weights, lengths, *, as_tuple=False):
 @pytest.mark.parametrize("as_tuple", [False, True])
 @pytest.mark.parametrize("blocks", [1, 3, 24])
 @pytest.mark.parametrize("n_layers", [1, 36, 37])
-@pytest.mark.parametrize("lengths", [[1], [70, 0, 131, 400]])
+@pytest.mark.parametrize("lengths", [[1], [70, 0, 131, 10]])
 def test_values_and_gradient_on_the_gpu(as_tuple, blocks, n_layers, lengths):
     hidden = outliers(normal(n_layers, sum(lengths), 2560) * 2 + 0.3).bfloat16()
     shape = (len(lengths), blocks, n_layers) if len(lengths) > 1 else (blocks, n_layers)
