@@ -175,7 +175,8 @@ def _command(commands: Any, name: str, help: str, about: str, example: str, inpu
     add("--min-side", type=int, default=None, metavar="PIXELS", help="leave out pictures whose shorter side is less;"
         " None is --size, so that nothing is enlarged; 0 takes all")  # fmt: skip
     add("--max-aspect", type=float, default=3.0, metavar="RATIO", help="leave out pictures longer than this")
-    add("--max-pixels", type=int, default=64_000_000, metavar="N", help="leave out pictures of more, undecoded")
+    add("--max-pixels", type=int, default=64_000_000, metavar="N", help="leave out pictures of more, undecoded; a"
+        " worker needs up to 8 bytes a pixel, 17 for WebP")  # fmt: skip
     add("--max-file-mb", type=int, default=64, metavar="MB", help="leave out image files larger than this, unread")
     add("--min-caption", type=int, default=1, metavar="N", help="leave out samples with a caption of fewer characters")
     add("--max-caption", type=int, default=4000, metavar="N", help="longest caption, in characters")

@@ -43,14 +43,14 @@ def lines(path: str, start: int = 0) -> Iterator[tuple[int, bytes | None]]:
     """
     try:
         with _open(path) as stream:
+            skip = start
             if isinstance(stream, io.BufferedReader):
                 stream.seek(start)
-            else:
-                skip = start
-                while skip:
-                    skip -= len(stream.read(min(BLOCK, skip))) or skip
+                skip = 0
             at, held, dropped = start, bytearray(), 0
-            while block := stream.read(BLOCK):
+            while block := stream.read(BLOCK):  # the same blocks from any start, so that a break shows at the same line
+                if skip:
+                    block, skip = block[skip:], max(0, skip - len(block))
                 *full, rest = block.split(b"\n")
                 for part in full:
                     size = dropped + len(held) + len(part)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from train.prepare.rejects import PrepareFailed
 from train.prepare.sources import Unit
+from train.shapes.corpus import BadArgument
 
 TELL_EVERY = 0.25  # seconds between a worker's signs of progress
 Work = Callable[[int, Unit, Callable[[int], None]], Any]
@@ -42,7 +43,7 @@ def serve(pipe: Connection, make: Callable[..., Work], arguments: tuple[Any, ...
             number, unit = pipe.recv()
             try:
                 result = work(number, unit, tick)
-            except (OSError, sqlite3.Error, LookupError) as error:
+            except (OSError, sqlite3.Error, LookupError, BadArgument) as error:
                 pipe.send(("failed", f"{type(error).__name__}: {error}"))
                 return
             pipe.send(("tick", rows))

@@ -25,7 +25,7 @@ def writer(folder: Path, columns: Iterable[str], compression: str | None, size_l
     """
     from streaming import MDSWriter  # imports torch: only those who write wait for it
 
-    out = MDSWriter(
+    out: Any = MDSWriter(
         out=str(folder),
         columns={**BASE_COLUMNS, **dict.fromkeys(columns, "str")},
         compression=compression,

@@ -146,6 +146,18 @@ def test_transparent_pictures_lie_on_white():
     assert (pixels(keyed) == 255).all()
 
 
+def test_what_is_transparent_does_not_bleed_into_what_is_not():
+    rgba = np.zeros((300, 300, 4), np.uint8)
+    rgba[:, :149] = (200, 30, 60, 255)
+    rgba[100:, 200:] = (0, 0, 255, 128)
+    alpha = rgba[..., 3:] / 255
+    want = cover_reference(rgba[..., :3] * alpha + 255 * (1 - alpha), 32, 32)
+    got = pixels(encoded(Image.fromarray(rgba)))
+    away = np.ones((32, 32), bool)  # Lanczos rings beside an edge
+    away[:, 13:25] = away[8:14, 13:] = False
+    assert np.abs(got - want)[away].max() <= 2
+
+
 def test_palette_grey_and_bilevel():
     image = Image.fromarray(smooth(32, 32)).quantize(16)
     np.testing.assert_array_equal(pixels(encoded(image)), np.asarray(image.convert("RGB")))
