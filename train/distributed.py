@@ -61,6 +61,9 @@ def start(timeout_seconds: float = 1800.0) -> Ranks:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its collectives for CPUs are compiled at the first start: a kill there leaves a lock that all later starts wait
+    # for, a kill later on 69 MB of shared memory a rank. gloo does without both.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)

@@ -263,7 +263,7 @@ class Forks:
     def __init__(self, folder, flags):
         self.folder, self.flags, self.mark = folder, flags, uuid.uuid4().hex
         own = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # one ninja: another one builds all anew
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
