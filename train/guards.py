@@ -24,7 +24,7 @@ from train.config import GuardConfig
 from train.distributed import Alarm, Ranks
 
 PREEMPTED, STALLED = 75, 70  # exit codes: a checkpoint was written on a signal; a step did not end (sysexits.h)
-GRACE = 2.0  # seconds for a rank to end by itself, when another has ended
+GRACE = 2.0  # seconds for ranks to hear of one that failed or ended, more than between two looks
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -159,7 +159,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._done.wait(min(1.0, self.seconds / 4 or 1.0)):
-            if self._alarm and self._alarm.sounds() and not self._done.wait(GRACE):
+            if self._alarm and self._another_failed(self._alarm):
                 os._exit(1)
             since, phase = self._since, self._phase
             if self.seconds and since is not None and time.monotonic() - since > self.seconds:
@@ -171,6 +171,12 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 os._exit(STALLED)
+
+    def _another_failed(self, alarm: Alarm) -> bool:
+        try:
+            return alarm.sounds()
+        except RuntimeError:
+            return not self._done.wait(GRACE)  # the first rank is gone: unless all are at their end, it failed
 
     def __enter__(self) -> Watchdog:
         return self
