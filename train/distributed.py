@@ -104,11 +104,8 @@ class Alarm:
         self._store = dist.distributed_c10d._get_default_store().clone()
 
     def sounds(self) -> bool:
-        """Whether a rank cannot go on, or the one that keeps the store is gone."""
-        try:
-            return self._store.check([ALARM])
-        except RuntimeError:
-            return True
+        """Whether a rank cannot go on. Raises: RuntimeError when the rank that keeps the store is gone."""
+        return bool(self._store.check([ALARM]))
 
 
 # dense bf16 (the makers' data sheets, without sparsity), by what the device's name holds, the more exact names first

@@ -28,7 +28,7 @@ from train.distributed import Alarm, Ranks
 
 PREEMPTED, STALLED = 75, 70  # exit codes: a checkpoint was written on a signal; a step did not end (sysexits.h)
 BEAT = 1.0  # seconds between a watchdog's looks
-GRACE = 2.0  # seconds for a rank to end by itself, when another has ended
+GRACE = 2.0  # seconds for ranks to hear of one that failed or ended, more than between two looks
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -207,7 +207,7 @@ class Watchdog:
 
     def _listen(self, alarm: Alarm) -> None:
         while not self._done.wait(BEAT):
-            if alarm.sounds() and not self._done.wait(GRACE):
+            if self._another_failed(alarm):
                 os._exit(1)
 
     def _watch(self, places: Places) -> None:
@@ -224,6 +224,12 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 os._exit(STALLED)
+
+    def _another_failed(self, alarm: Alarm) -> bool:
+        try:
+            return alarm.sounds()
+        except RuntimeError:
+            return not self._done.wait(GRACE)  # the first rank is gone: unless all are at their end, it failed
 
     def __enter__(self) -> Watchdog:
         return self

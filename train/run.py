@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # run as a script: the folder of this file comes first on the path, the packages stand one above
@@ -20,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         from train.checkpoint import CheckpointError
         from train.data import DataError
         from train.distributed import sound_alarm
-        from train.guards import NonFiniteSteps
+        from train.guards import GRACE, NonFiniteSteps
         from train.loop import train
     except ConfigError as error:
         return fail(error)
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:  # of this rank, perhaps of others
         if sound_alarm():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(GRACE)  # the others end in silence; a connection that closes before would be an error to them
         return 1
 
 
