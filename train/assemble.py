@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from sr_model import DiT, FuseDiT, TextEncoder, build
-from sr_model.codec import PixelCodec, VaeCodec, latent_factor
+from sr_model.codec import PixelCodec, VaeCodec, latent_factor, vae_settings
 from sr_model.fusedit import rope_theta
 from sr_model.presets import PRESETS
 from train import embedded_llm, preflight
@@ -63,15 +62,11 @@ def load_codec(config: Config, ranks: Ranks, dtype: torch.dtype) -> PixelCodec |
     if config.data.vae == "pixels":
         check_image_size(config, PixelCodec.factor)
         return PixelCodec()
-    own_folder = (Path(config.data.vae) / "config.json").is_file()
-    where: dict[str, Any] = {} if own_folder else {"subfolder": "vae"}
     try:
-        settings = AutoencoderKL.load_config(config.data.vae, **where)
-        check_image_size(config, latent_factor(settings))
-        vae = AutoencoderKL.from_pretrained(config.data.vae, torch_dtype=dtype, **where)
+        check_image_size(config, latent_factor(vae_settings(config.data.vae)[0]))
+        return VaeCodec.from_pretrained(config.data.vae, ranks.device, dtype)
     except OSError as error:
         raise ConfigError(f"data.vae: wanted a diffusers AutoencoderKL or 'pixels': {first_line(error)}") from None
-    return VaeCodec(vae.to(ranks.device))
 
 
 def first_line(error: Exception) -> str:

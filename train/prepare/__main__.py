@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from train.prepare.moments import add_moments
+from train.prepare.recaption import add_recaption
 from train.prepare.shapes import add_shapes
 from train.shapes.corpus import BadArgument
 
@@ -23,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m train.prepare", description="Turns pictures and captions into training shards.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     add_shapes(commands)
+    add_recaption(commands)
+    add_moments(commands)
     options = vars(parser.parse_args(argv))
     prepare = options.pop("prepare")
     try:
