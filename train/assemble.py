@@ -16,7 +16,7 @@ from sr_model.fusedit import rope_theta
 from sr_model.presets import PRESETS
 from train import embedded_llm, preflight
 from train.config import Config, ConfigError
-from train.data import TrainLoader
+from train.data import TrainLoader, open_data, split
 from train.distributed import Ranks, fast_bf16
 from train.engine import Ema, build_engine
 from train.evaluate import Evaluator
@@ -135,6 +135,7 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
         except ValueError as error:
             raise ConfigError(f"data.path: {error}") from None
     ranks.barrier()
+    indices = open_data(config.data, ranks)
     dtype = torch.float32
     if config.dtype == "bf16" or (config.dtype == "auto" and fast_bf16(ranks.device)):
         dtype = torch.bfloat16
@@ -150,6 +151,7 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
         config, ranks, shape, config.data.image_size // codec.factor, dtype,
         f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.kv_layers or encoder.layer_ids)} read",
         weight_bytes(encoder.llm) + (weight_bytes(codec.vae) if isinstance(codec, VaeCodec) else 0),
+        indices["train"],
     ):  # fmt: skip
         say(line)
 
@@ -163,7 +165,7 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
     ema = Ema(engine, config.optim.ema)
     micro = engine.train_micro_batch_size_per_gpu()
     loader = TrainLoader(
-        Path(config.data.path) / "train", config.data.image_size, micro, config.data.workers, config.seed
+        split(config.data, "train"), config.data.image_size, micro, config.batch_size, config.data.workers, config.seed
     )
     evaluator = Evaluator(config, ranks, new_model, dtype, encoder, codec)
     return Parts(config, ranks, dtype, encoder, codec, engine, ema, loader), evaluator

@@ -78,7 +78,10 @@ class DataConfig:
     """Images and captions, as MDS shards.
 
     Args:
-        path: folder with the splits train/ and val/, as `python -m train.prepare` writes them.
+        path: folder with the splits train/ and val/, as `python -m train.prepare` writes them, or s3://BUCKET/PREFIX.
+        cache: folder of this node that keeps what was fetched from `path`; default for a store: in ~/.cache. With a
+            `path` that is a folder too (a network disk), its shards are copied there.
+        cache_gb: most that the cache holds of training shards, in GiB; what was used longest ago is dropped. 0: all.
         image_size: side in pixels; the shards' images must have it.
         workers: loader processes of each rank; 0 reads in the training process.
         vae: a Hugging Face name or folder of a diffusers AutoencoderKL, or "pixels" for none.
@@ -87,6 +90,8 @@ class DataConfig:
     """
 
     path: str = "data/train"
+    cache: str | None = None
+    cache_gb: float = 0.0
     image_size: int = 256
     workers: int = 4
     vae: str = "stabilityai/stable-diffusion-3-medium-diffusers"
@@ -377,6 +382,11 @@ def validate(config: Config) -> None:
         want(count >= 0, name, "0 or more")
     for name, amount in (("guard.spike", config.guard.spike), ("guard.stall_seconds", config.guard.stall_seconds)):
         want(math.isfinite(amount) and amount >= 0, name, "a finite number of at least 0")
+    want(
+        math.isfinite(config.data.cache_gb) and config.data.cache_gb >= 0,
+        "data.cache_gb",
+        "a finite number of at least 0",
+    )
     share("optim.weight_decay", optim.weight_decay)
     share("optim.ema", optim.ema)
     share("flow.prompt_drop", flow.prompt_drop)
@@ -389,6 +399,9 @@ def validate(config: Config) -> None:
             "data.shapes_captions",
             f"at most data.shapes_samples={config.data.shapes_samples}",
         )
+        want("://" not in config.data.path, "data.path", "a folder to write the shapes corpus to (data.shapes_samples)")
+    elif "://" in config.data.path:
+        want(bool(re.fullmatch(r"s3://[^/]+(/.*)?", config.data.path)), "data.path", "a folder or s3://BUCKET/PREFIX")
     elif not (Path(config.data.path) / "train" / "index.json").is_file():
         raise ConfigError(
             f"data.path: wanted a folder with train/index.json, found none in {config.data.path!r}; "

@@ -20,7 +20,8 @@ from sr_model.codec import PixelCodec, VaeCodec
 from sr_model.flow import interpolate, velocity
 from sr_model.fusion import centre_and_dispersion
 from train.config import Config, ConfigError
-from train.data import read_split
+from train.data import PROMPTS, read_split, root
+from train.data import split as split_of
 from train.distributed import Ranks
 from train.draws import draw
 from train.shapes.scene import Scene
@@ -62,7 +63,7 @@ def read_prompts(path: Path) -> list[EvalPrompt]:
 
 def find_prompts(config: Config, captions: Sequence[str]) -> list[EvalPrompt]:
     """The prompts to draw: eval.prompts, else the corpus's prompts.jsonl, else validation captions."""
-    path = Path(config.eval.prompts) if config.eval.prompts else Path(config.data.path) / "prompts.jsonl"
+    path = Path(config.eval.prompts) if config.eval.prompts else root(config.data).folder / PROMPTS
     return read_prompts(path) if path.is_file() else [EvalPrompt(c) for c in dict.fromkeys(captions)]
 
 
@@ -89,10 +90,8 @@ class Evaluator:
     ) -> None:
         self.config, self.ranks, self.new_model, self.dtype = config, ranks, new_model, dtype
         self.encoder, self.codec = encoder, codec
-        split = Path(config.data.path) / "val"
-        if not (split / "index.json").is_file():
-            raise ConfigError(f"data.path: wanted a val/index.json for validation, found none in {split}")
-        self.images, self.captions = read_split(split, config.data.image_size, config.eval.val_samples)
+        val = split_of(config.data, "val")
+        self.images, self.captions = read_split(val, config.data.image_size, config.eval.val_samples)
         self.prompts = find_prompts(config, self.captions)
 
     def model(self, state: dict[str, Tensor]) -> DiT:

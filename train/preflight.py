@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from sr_kernels.routing import native
 from sr_model import DiT, FuseDiT
 from sr_model.build import parameter_count
 from train.config import Config, ConfigError
+from train.data import Index, Source, split
 from train.distributed import Ranks
 
 GIB = 1 << 30
@@ -44,18 +44,13 @@ def activation_bytes(config: Config, dit: DiT | FuseDiT, tokens: int, itemsize: 
     return tokens * c.depth * a_token * itemsize
 
 
-def shards_line(path: Path) -> str:
-    """What the training split holds, from its index.
-
-    Raises: ConfigError when the index cannot be read.
-    """
-    index = path / "train" / "index.json"
-    try:
-        shards = json.loads(index.read_text())["shards"]
-        samples = sum(shard["samples"] for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"data.path: wanted a readable {index}: {error}") from None
-    return f"{samples:,} samples in {len(shards)} shards of {path}"
+def shards_line(source: Source, index: Index) -> str:
+    """What the training split holds, from its index."""
+    cache = f", kept in {source.folder}" if source.remote else ""
+    cache += f" up to {source.cache_bytes / GIB:g} GiB" if source.remote and source.cache_bytes else ""
+    hashes = "" if index.hashed else "; the index has no hashes: only sizes are checked"
+    size = f"{index.samples:,} samples in {index.shards} shards, {index.bytes / GIB:.2f} GiB"
+    return f"{size} of {source}{cache}{hashes}"
 
 
 def backends_line(device: torch.device, dtype: torch.dtype) -> str:
@@ -68,11 +63,13 @@ def backends_line(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def check(
-    config: Config, ranks: Ranks, dit: DiT | FuseDiT, latent_side: int, dtype: torch.dtype, text: str, frozen: int
-) -> list[str]:
+    config: Config, ranks: Ranks, dit: DiT | FuseDiT, latent_side: int, dtype: torch.dtype, text: str, frozen: int,
+    index: Index,
+) -> list[str]:  # fmt: skip
     """The lines, and the last checks that need a device, before the model is allocated.
 
-    dit: the model on the meta device. frozen: bytes of the LLM and the VAE, which are there already.
+    dit: the model on the meta device. frozen: bytes of the LLM and the VAE, which are there already. index: of the
+    training split.
 
     Raises: ConfigError when the batch does not divide over the ranks, or weights and optimiser do not fit.
     """
@@ -111,7 +108,7 @@ def check(
         f"backends   {backends_line(device, dtype)}",
         f"memory     {need / GIB:.1f} GiB of weights, LLM and optimiser a rank, about {activations / GIB:.1f} GiB of "
         f"activations, of {room / GIB:.0f} GiB",
-        f"data       {shards_line(Path(config.data.path))}",
+        f"data       {shards_line(split(config.data, 'train'), index)}",
         f"room       {disk / GIB:.0f} GiB on disk for {config.keep_checkpoints} checkpoints, "
         f"{shm / GIB:.1f} GiB of shared memory",
     ]

@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         import torch
 
         from train.checkpoint import CheckpointError
+        from train.data import DataError
         from train.guards import NonFiniteSteps
         from train.loop import train
     except ConfigError as error:
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except ConfigError as error:
         return fail(error)
-    except (NonFiniteSteps, CheckpointError) as error:
+    except (NonFiniteSteps, CheckpointError, DataError) as error:
         fail(error)
         return 1
 

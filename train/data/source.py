@@ -1,0 +1,161 @@
+"""Where the splits are read from: a folder, or an object store with a folder that keeps what was fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streaming.base.storage import CloudDownloader
+
+from train.config import ConfigError, DataConfig
+from train.data.errors import DataError, plain
+from train.data.index import INDEX, Index, read_index
+from train.data.memory import clean_stale
+from train.distributed import Ranks
+
+PROMPTS = "prompts.jsonl"
+ATTEMPTS, TIMEOUT = 3, 60.0  # of fetching a file; seconds until an answer begins
+HOPELESS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
+REFUSED = {"400", "401", "403", "404", "AccessDenied", "InvalidAccessKeyId", "NoSuchBucket", "NoSuchKey",
+           "SignatureDoesNotMatch"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one split is.
+
+    folder: what is read. remote: where what is missing in `folder` is fetched from; None where all is there.
+    cache_bytes: most that `folder` may hold, shards used longest ago are dropped for others; None without a limit.
+    """
+
+    folder: Path
+    remote: str | None = None
+    cache_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return self.remote or str(self.folder)
+
+    def at(self, name: str) -> str:
+        """Where a file of the split comes from, for messages."""
+        return f"{self.remote}/{name}" if self.remote else str(self.folder / name)
+
+
+def root(data: DataConfig) -> Source:
+    """The place of the splits' folders."""
+    if "://" not in data.path and data.cache is None:
+        return Source(Path(data.path))
+    remote = data.path.rstrip("/")
+    base = os.environ.get("SEMANTIC_ROUTING_CACHE") or Path.home() / ".cache" / "semantic-routing"
+    cache = Path(data.cache) if data.cache else Path(base) / "shards"
+    key = hashlib.sha256(remote.encode()).hexdigest()[:16]  # another store's shards may have the same names
+    return Source(cache / key, remote, round(data.cache_gb * (1 << 30)) if data.cache_gb else None)
+
+
+def split(data: DataConfig, name: str) -> Source:
+    """The split `name`; the limit of the cache holds for the training split, whose shards come and go."""
+    base = root(data)
+    remote = f"{base.remote}/{name}" if base.remote else None
+    return Source(base.folder / name, remote, base.cache_bytes if name == "train" else None)
+
+
+def attempt(what: str, fetch: Callable[[], Any]) -> Any:
+    """`fetch()`, again after a while when it fails in a way that may pass.
+
+    Raises: DataError with `what` when it failed ATTEMPTS times, or for good.
+    """
+    for tried in range(1, ATTEMPTS + 1):
+        try:
+            return fetch()
+        except Exception as error:  # every store's client has its own
+            response = getattr(error, "response", None) or {}
+            code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+            final = code in REFUSED or (isinstance(error, OSError) and error.errno in HOPELESS)
+            if final or tried == ATTEMPTS:
+                times = "" if final else f" ({tried} attempts)"
+                raise DataError(f"{what}: {plain(error)}{times}") from error
+            time.sleep(2.0 ** (tried - 1))
+
+
+def fetch_file(source: Source, name: str) -> Path:
+    """Fetch a small file of the store anew, whole or not at all. Raises: DataError."""
+    path = source.folder / name
+    part = path.with_name(f"{name}.part-{os.getpid()}")
+    try:
+        attempt(source.at(name), lambda: CloudDownloader.direct_download(source.at(name), str(part), TIMEOUT))
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return path
+
+
+def open_split(source: Source) -> Index:
+    """The split's index, checked; from a store it is fetched anew, so that no older one in the cache is used.
+
+    Raises: ConfigError naming what is wrong with it; DataError when the store does not answer.
+    """
+    if source.remote:
+        try:
+            fetch_file(source, INDEX)
+        except DataError as error:
+            code = getattr(error.__cause__, "response", {})
+            if isinstance(error.__cause__, FileNotFoundError) or code:
+                raise ConfigError(f"data.path: {error}") from None
+            raise
+    return read_index(source.folder)
+
+
+def open_data(data: DataConfig, ranks: Ranks) -> dict[str, Index]:
+    """Make the data ready on every node: stale shared memory removed, the indices of train and val checked, the store's
+    prompts fetched. A collective call, before any streaming dataset is made.
+
+    Raises: ConfigError or DataError, the same on all ranks.
+    """
+    result: dict[str, Index] | Exception | None = None
+    if ranks.local_rank == 0:
+        try:
+            clean_stale()
+            result = {name: open_split(split(data, name)) for name in ("train", "val")}
+            source, largest = split(data, "train"), result["train"].largest
+            if source.cache_bytes is not None and source.cache_bytes < 4 * largest + (1 << 20):
+                raise ConfigError(
+                    f"data.cache_gb: wanted room for four of the largest shards, {4 * largest / (1 << 30):.2g} GiB and "
+                    f"more, got {data.cache_gb}"
+                )
+            if source.remote:
+                fetch_prompts(root(data))
+        except (ConfigError, DataError) as error:
+            result = type(error)(str(error))  # without its cause, which may not travel
+    found = [outcome for outcome in ranks.gather(result) if outcome is not None]
+    for outcome in found:
+        if isinstance(outcome, Exception):
+            raise outcome
+    if any(outcome != found[0] for outcome in found):
+        raise ConfigError(f"data.path: wanted the same data on every node, the indices of {data.path} differ")
+    return found[0]
+
+
+def fetch_prompts(source: Source) -> None:
+    """The store's prompts.jsonl into the cache, where it has one. Raises: DataError when the store does not answer."""
+    (source.folder / PROMPTS).unlink(missing_ok=True)
+    try:
+        fetch_file(source, PROMPTS)
+    except DataError as error:
+        if not (isinstance(error.__cause__, FileNotFoundError) or getattr(error.__cause__, "response", {})):
+            raise
