@@ -77,11 +77,12 @@ class PaddedEncoder:
         return PaddedText(hidden, mask, mask.sum(1).tolist())
 
 
-def batches(micro: int, size: int, tokens: int) -> Iterator[tuple[Tensor, list[str]]]:
+def batches(micro: int, size: int, tokens: int) -> Iterator[tuple[Tensor, list[tuple[str, ...]]]]:
     """Random pictures, and captions that are no two alike to the encoder's eye: it keeps none."""
     g = torch.Generator().manual_seed(0)
     while True:
-        yield torch.randint(0, 256, (micro, 3, size, size), generator=g, dtype=torch.uint8), [prompt(tokens)] * micro
+        images = torch.randint(0, 256, (micro, 3, size, size), generator=g, dtype=torch.uint8)
+        yield images, [(prompt(tokens),) for _ in range(micro)]
 
 
 def make_parts(arguments: argparse.Namespace, setting: Setting, strategy: str, ranks: Ranks, llm: Any) -> Parts:

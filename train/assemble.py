@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from sr_model import DiT, FuseDiT, TextEncoder, build
-from sr_model.codec import PixelCodec, VaeCodec, latent_factor
+from sr_model.codec import PixelCodec, VaeCodec, latent_factor, vae_settings
 from sr_model.fusedit import rope_theta
 from sr_model.presets import PRESETS
 from train import embedded_llm, preflight
 from train.config import Config, ConfigError
-from train.data import TrainLoader, open_data, split
+from train.data import Part, TrainLoader, open_data
 from train.distributed import Ranks, fast_bf16
 from train.engine import Ema, build_engine
 from train.evaluate import Evaluator
+from train.latents import moments_shape
 from train.prepare import prepare_shapes
 
 
@@ -45,14 +45,15 @@ def model_sizes(config: Config) -> dict[str, Any]:
     return {k: v for k, v in asdict(config.model).items() if k != "size" and v is not None}
 
 
-def check_image_size(config: Config, factor: int) -> None:
-    """Raises: ConfigError when the image side is not a multiple of the VAE's factor times the patch."""
-    patch = config.model.patch_size or PRESETS[config.model.size]["patch_size"]
-    if config.data.image_size % (patch * factor):
-        raise ConfigError(
-            f"data.image_size: wanted a multiple of {patch * factor} (patch {patch} x latent factor {factor}), "
-            f"got {config.data.image_size}"
-        )
+def check_image_size(config: Config, factor: int, data: dict[str, list[Part]] | None = None) -> None:
+    """Raises: ConfigError when a side of the images is not a multiple of the VAE's factor times the patch."""
+    unit = factor * (config.model.patch_size or PRESETS[config.model.size]["patch_size"])
+    wanted = f"wanted a multiple of {unit} (patch {unit // factor} x latent factor {factor})"
+    if config.data.image_size % unit:
+        raise ConfigError(f"data.image_size: {wanted}, got {config.data.image_size}")
+    for part in (part for parts in (data or {}).values() for part in parts):
+        if part.size[0] % unit or part.size[1] % unit:
+            raise ConfigError(f"data.path: {wanted} for both sides of the images in {part.source}")
 
 
 def load_codec(config: Config, ranks: Ranks, dtype: torch.dtype) -> PixelCodec | VaeCodec:
@@ -63,15 +64,11 @@ def load_codec(config: Config, ranks: Ranks, dtype: torch.dtype) -> PixelCodec |
     if config.data.vae == "pixels":
         check_image_size(config, PixelCodec.factor)
         return PixelCodec()
-    own_folder = (Path(config.data.vae) / "config.json").is_file()
-    where: dict[str, Any] = {} if own_folder else {"subfolder": "vae"}
     try:
-        settings = AutoencoderKL.load_config(config.data.vae, **where)
-        check_image_size(config, latent_factor(settings))
-        vae = AutoencoderKL.from_pretrained(config.data.vae, torch_dtype=dtype, **where)
+        check_image_size(config, latent_factor(vae_settings(config.data.vae)[0]))
+        return VaeCodec.from_pretrained(config.data.vae, ranks.device, dtype)
     except OSError as error:
         raise ConfigError(f"data.vae: wanted a diffusers AutoencoderKL or 'pixels': {first_line(error)}") from None
-    return VaeCodec(vae.to(ranks.device))
 
 
 def first_line(error: Exception) -> str:
@@ -140,11 +137,14 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
         except ValueError as error:
             raise ConfigError(f"data.path: {error}") from None
     ranks.barrier()
-    indices = open_data(config.data, ranks)
+    data = open_data(config.data, ranks)
+    check_image_size(config, 1, data)
     dtype = torch.float32
     if config.dtype == "bf16" or (config.dtype == "auto" and fast_bf16(ranks.device)):
         dtype = torch.bfloat16
     codec = load_codec(config, ranks, dtype)
+    check_image_size(config, codec.factor, data)
+    moments = moments_shape([*data["train"], *data["val"]], codec)
     encoder = load_encoder(config, ranks, dtype)
     sizes |= {"in_channels": codec.channels, **llm_sizes(config, encoder)}
     try:
@@ -153,10 +153,10 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
         raise ConfigError(f"model.{error}") from None
     encoder.read(**shape.reads(encoder.num_layers))
     for line in preflight.check(
-        config, ranks, shape, config.data.image_size // codec.factor, dtype,
+        config, ranks, shape, codec.factor, dtype,
         f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.kv_layers or encoder.layer_ids)} read",
         weight_bytes(encoder.llm) + (weight_bytes(codec.vae) if isinstance(codec, VaeCodec) else 0),
-        indices["train"],
+        data["train"], moments is not None,
     ):  # fmt: skip
         say(line)
 
@@ -170,7 +170,7 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
     ema = Ema(engine, config.optim.ema)
     micro = engine.train_micro_batch_size_per_gpu()
     loader = TrainLoader(
-        split(config.data, "train"), config.data.image_size, micro, config.batch_size, config.data.workers, config.seed
+        data["train"], list(config.data.captions), moments, micro, config.batch_size, config.data.workers, config.seed
     )
-    evaluator = Evaluator(config, ranks, new_model, dtype, encoder, codec)
+    evaluator = Evaluator(config, ranks, new_model, dtype, encoder, codec, data["val"], moments)
     return Parts(config, ranks, dtype, encoder, codec, engine, ema, loader), evaluator

@@ -7,6 +7,7 @@ imports torch, so that --help and a mistyped flag answer at once.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import re
@@ -87,6 +88,10 @@ class DataConfig:
         vae: a Hugging Face name or folder of a diffusers AutoencoderKL, or "pixels" for none.
         shapes_samples: build the shapes corpus of this many pictures at `path` if nothing is there; 0 never does.
         shapes_captions: how many different captions that corpus has.
+        captions: caption columns and their weights, COLUMN=WEIGHT,...; each sample's caption is drawn from them anew
+            whenever it is trained on.
+        mix: corpora to train on in place of `path` alone and their weights, PATH=WEIGHT,...; an epoch has as many
+            samples as all of them hold, shared out by weight. `path` still gives the validation split and the prompts.
     """
 
     path: str = "data/train"
@@ -97,6 +102,8 @@ class DataConfig:
     vae: str = "stabilityai/stable-diffusion-3-medium-diffusers"
     shapes_samples: int = 0
     shapes_captions: int = 600
+    captions: dict[str, float] = field(default_factory=lambda: {"caption": 1.0})
+    mix: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -284,6 +291,8 @@ def parse(argv: list[str]) -> Config:
             name = word.partition("=")[2]
     if name not in presets():
         raise ConfigError(f"preset: wanted one of {', '.join(presets())}, got {name!r}")
+    for weighted in WEIGHTED:
+        argv = _weights(argv, weighted)
     parser = _parser()
     known = {action.dest for action in parser._actions}
     for word in argv:
@@ -301,6 +310,25 @@ def parse(argv: list[str]) -> Config:
     config = Config(**{k: _build(k, v) for k, v in values.items() if k in names})
     validate(config)
     return config
+
+
+def _weights(argv: list[str], name: str) -> list[str]:
+    """The flags with every `--NAME A=1,B=2` as the JSON that jsonargparse reads. Raises: ConfigError."""
+    result, flag = [], f"--{name}"
+    words = iter(argv)
+    for word in words:
+        if word != flag and not word.startswith(f"{flag}="):
+            result.append(word)
+            continue
+        text = next(words, "") if word == flag else word.removeprefix(f"{flag}=")
+        if not text.lstrip().startswith("{"):
+            try:
+                pairs = [item.rpartition("=") for item in text.split(",")]
+                text = json.dumps({key.strip(): float(weight) for key, _, weight in pairs})
+            except ValueError:
+                raise ConfigError(f"{name}: wanted NAME=WEIGHT,..., got {text!r}") from None
+        result.append(f"{flag}={text}")
+    return result
 
 
 def _build(name: str, value: Any) -> Any:
@@ -324,6 +352,7 @@ def from_plain(plain: dict[str, Any]) -> Config:
         raise ConfigError(f"config: the checkpoint has one of another version of this program: {error}") from None
 
 
+WEIGHTED = ("data.captions", "data.mix")
 SECTIONS = ("model", "text", "data", "optim", "flow", "eval", "guard")
 
 
@@ -403,6 +432,9 @@ def validate(config: Config) -> None:
     share("optim.weight_decay", optim.weight_decay)
     share("optim.ema", optim.ema)
     share("flow.prompt_drop", flow.prompt_drop)
+    for name, weights in (("data.captions", config.data.captions), ("data.mix", config.data.mix)):
+        good = all(key and math.isfinite(weight) and weight > 0 for key, weight in weights.items())
+        want(good and bool(weights or name == "data.mix"), name, "names, each with a finite weight above 0")
     want(all(0 <= beta < 1 for beta in optim.betas), "optim.betas", "two numbers from 0 to below 1")
     want(math.isfinite(flow.logit_mean), "flow.logit_mean", "a finite number")
     want(math.isfinite(ev.guidance) and ev.guidance >= 1, "eval.guidance", "a finite number of at least 1")
@@ -413,15 +445,25 @@ def validate(config: Config) -> None:
             f"at most data.shapes_samples={config.data.shapes_samples}",
         )
         want("://" not in config.data.path, "data.path", "a folder to write the shapes corpus to (data.shapes_samples)")
-    elif "://" in config.data.path:
-        want(bool(re.fullmatch(r"s3://[^/]+(/.*)?", config.data.path)), "data.path", "a folder or s3://BUCKET/PREFIX")
-    elif not (Path(config.data.path) / "train" / "index.json").is_file():
-        raise ConfigError(
-            f"data.path: wanted a folder with train/index.json, found none in {config.data.path!r}; "
-            "`python -m train.prepare --help` tells how to make one"
-        )
+    else:
+        for path in config.data.mix or [config.data.path]:
+            _want_corpus("data.mix" if config.data.mix else "data.path", path, "train")
+        if config.data.mix:
+            _want_corpus("data.path", config.data.path, "val")
     if ev.prompts is not None and not Path(ev.prompts).is_file():
         raise ConfigError(f"eval.prompts: wanted a .txt or .jsonl file, found none at {ev.prompts!r}")
+
+
+def _want_corpus(name: str, path: str, split: str) -> None:
+    """Raises: ConfigError where a folder holds no such split, in one piece or by aspect buckets."""
+    if "://" in path:
+        if not re.fullmatch(r"s3://[^/]+(/.*)?", path):
+            raise ConfigError(f"{name}: wanted a folder or s3://BUCKET/PREFIX, got {path}")
+    elif not any(any((Path(path) / split).glob(pattern)) for pattern in ("index.json", "*x*/index.json")):
+        raise ConfigError(
+            f"{name}: wanted a folder with {split}/index.json, found none in {path!r}; "
+            "`python -m train.prepare --help` tells how to make one"
+        )
 
 
 def fail(error: Exception) -> int:

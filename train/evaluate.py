@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from sr_model.codec import PixelCodec, VaeCodec
 from sr_model.flow import interpolate, velocity
 from sr_model.fusion import centre_and_dispersion
 from train.config import Config, ConfigError
-from train.data import PROMPTS, read_split, root
-from train.data import split as split_of
+from train.data import PROMPTS, Part, read_split, root
 from train.distributed import Ranks
 from train.draws import draw
+from train.latents import to_latents
 from train.shapes.scene import Scene
 from train.shapes.scorer import score_batch
 
@@ -103,11 +104,16 @@ class Evaluator:
         dtype: torch.dtype,
         encoder: TextEncoder,
         codec: PixelCodec | VaeCodec,
+        parts: Sequence[Part],
+        moments: tuple[int, int] | None,
     ) -> None:
         self.config, self.ranks, self.new_model, self.dtype = config, ranks, new_model, dtype
         self.encoder, self.codec = encoder, codec
-        val = split_of(config.data, "val")
-        self.images, self.captions = read_split(val, config.data.image_size, config.eval.val_samples)
+        weights = config.data.captions
+        samples = read_split(parts, list(weights), moments, config.eval.val_samples)
+        self.data = [data for data, _ in samples]  # images or moments
+        chosen = draw(config.seed, VALIDATION_STEP, range(len(samples)), (1, 1, 1))
+        self.captions = chosen.captions([captions for _, captions in samples], list(weights.values()))
         self.prompts = find_prompts(config, self.captions)
 
     def model(self, state: dict[str, Tensor]) -> DiT:
@@ -123,9 +129,9 @@ class Evaluator:
         sums = torch.zeros(len(TIMES), dtype=torch.float64)
         mine = list(range(self.ranks.rank, len(self.captions), self.ranks.world))
         size = config.micro_batch_size or max(1, config.batch_size // self.ranks.world)
-        for start in range(0, len(mine), size):
-            at = mine[start : start + size]
-            x1 = self.codec.encode(self.images[at].to(device).float() / 127.5 - 1).float()
+        groups = [list(group) for _, group in groupby(mine, lambda i: self.data[i].shape)]  # the sizes come in turn
+        for at in (group[start : start + size] for group in groups for start in range(0, len(group), size)):
+            x1 = to_latents(self.codec, torch.stack([self.data[i] for i in at]).to(device))
             noise = draw(config.seed, VALIDATION_STEP, at, tuple(x1.shape[1:])).noise.to(device)
             text = self.encoder.encode([self.captions[i] for i in at])
             for k, time in enumerate(TIMES):

@@ -22,6 +22,7 @@ from train.distributed import Ranks, peak_flops, start
 from train.draws import draw
 from train.evaluate import Evaluator, fusion_row, score_table
 from train.guards import PREEMPTED, Guard, Watchdog, skip_step
+from train.latents import latent_shape, to_latents
 from train.pictures import loss_curve, sample_grid
 from train.runlog import PARTS, Clock, RunLog
 
@@ -50,20 +51,19 @@ def training_step(parts: Parts, step: int, batches: Any, clock: Clock, guard: Gu
     losses, tokens, flops, applied, dit = [], 0, 0, True, engine.module
     for micro_step in range(micro_steps):
         with clock.part("data"):
-            images, captions = next(batches)
-        first = micro_step * ranks.world * len(captions)  # a global batch deals its samples to the ranks in turn
+            images, columns = next(batches)
+        first = micro_step * ranks.world * len(columns)  # a global batch deals its samples to the ranks in turn
         with clock.part("vae"):
-            size = (images.shape[2], images.shape[3])
             draws = draw(
                 config.seed,
                 step,
-                range(first + ranks.rank, first + ranks.world * len(captions), ranks.world),
-                parts.codec.latent_shape(*size),
+                range(first + ranks.rank, first + ranks.world * len(columns), ranks.world),
+                latent_shape(parts.codec, images),
                 posterior=parts.codec.stochastic,
             )
-            pixels = images.to(ranks.device, non_blocking=True).float() / 127.5 - 1
-            data = parts.codec.encode(pixels, draws.posterior).float()
+            data = to_latents(parts.codec, images.to(ranks.device, non_blocking=True), draws.posterior)
         with clock.part("llm"):
+            captions = draws.captions(columns, list(config.data.captions.values()))
             drop = draws.dropped(config.flow.prompt_drop)
             text = parts.encoder.encode(["" if d else c for d, c in zip(drop, captions, strict=True)])
             tokens += text.cu_seqlens_host[-1]

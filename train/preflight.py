@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from sr_kernels.routing import backend_for as routing_backend
 from sr_kernels.routing import native
 from sr_model import DiT, FuseDiT
 from sr_model.build import parameter_count
-from train.config import Config, ConfigError
-from train.data import Index, Source, split
+from train.config import Config, ConfigError, DataConfig
+from train.data import Part, sizes
 from train.distributed import Ranks
 
 GIB = 1 << 30
@@ -44,13 +45,31 @@ def activation_bytes(config: Config, dit: DiT | FuseDiT, tokens: int, itemsize: 
     return tokens * c.depth * a_token * itemsize
 
 
-def shards_line(source: Source, index: Index) -> str:
-    """What the training split holds, from its index."""
-    cache = f", kept in {source.folder}" if source.remote else ""
-    cache += f" up to {source.cache_bytes / GIB:g} GiB" if source.remote and source.cache_bytes else ""
-    hashes = "" if index.hashed else "; the index has no hashes: only sizes are checked"
-    size = f"{index.samples:,} samples in {index.shards} shards, {index.bytes / GIB:.2f} GiB"
-    return f"{size} of {source}{cache}{hashes}"
+def shards_line(data: DataConfig, parts: Sequence[Part], moments: bool, batch: int) -> str:
+    """What is trained on: samples and shards, corpora by share, sizes that fill batches or do not, columns."""
+    samples, shards, size = (sum(getattr(p.index, key) for p in parts) for key in ("samples", "shards", "bytes"))
+    source = parts[0].source
+    notes = []
+    if source.remote:
+        limit = f" up to {source.cache_bytes / GIB:g} GiB" if source.cache_bytes else ""
+        notes.append(f"kept in {source.folder.parent if len(parts) > 1 else source.folder}{limit}")
+    if data.mix:
+        total = sum(data.mix.values())
+        notes.append("mixed " + ", ".join(f"{path} {100 * w / total:.3g}%" for path, w in data.mix.items()))
+    if len(found := sizes(parts)) > 1:
+        held = {s: sum(p.index.samples for p in parts if p.size == s) for s in found}
+        notes.append("sizes " + ", ".join(f"{w}x{h} {n:,}" for (w, h), n in held.items()))
+        if few := [f"{w}x{h}" for (w, h), n in held.items() if n < batch]:
+            notes.append(f"never trained on, with fewer samples than a batch: {', '.join(few)}")
+    if list(data.captions) != ["caption"]:
+        total = sum(data.captions.values())
+        notes.append("captions " + ", ".join(f"{name} {100 * w / total:.3g}%" for name, w in data.captions.items()))
+    if moments:
+        notes.append("moments in place of the VAE's encoder")
+    if not all(part.index.hashed for part in parts):
+        notes.append("the index has no hashes: only sizes are checked")
+    where = "the mix" if data.mix else data.path if len(parts) > 1 else source
+    return "; ".join([f"{samples:,} samples in {shards} shards, {size / GIB:.2f} GiB of {where}", *notes])
 
 
 def backends_line(device: torch.device, dtype: torch.dtype) -> str:
@@ -63,13 +82,13 @@ def backends_line(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def check(
-    config: Config, ranks: Ranks, dit: DiT | FuseDiT, latent_side: int, dtype: torch.dtype, text: str, frozen: int,
-    index: Index,
+    config: Config, ranks: Ranks, dit: DiT | FuseDiT, factor: int, dtype: torch.dtype, text: str, frozen: int,
+    parts: Sequence[Part], moments: bool,
 ) -> list[str]:  # fmt: skip
     """The lines, and the last checks that need a device, before the model is allocated.
 
-    dit: the model on the meta device. frozen: bytes of the LLM and the VAE, which are there already. index: of the
-    training split.
+    dit: the model on the meta device. factor: pixels to a latent's pixel. frozen: bytes of the LLM and the VAE, which
+    are there already. parts: of the training split. moments: they are trained on.
 
     Raises: ConfigError when the batch does not divide over the ranks, or weights and optimiser do not fit.
     """
@@ -88,7 +107,8 @@ def check(
         where = f"CPU, {torch.get_num_threads()} threads x {ranks.world} ranks"
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ["LOCAL_WORLD_SIZE"])
     need = training_bytes(parameters, config.zero, ranks.world, dtype == torch.bfloat16) + frozen
-    tokens = micro * (latent_side // dit.config.patch_size) ** 2
+    unit = factor * dit.config.patch_size
+    tokens = micro * max(width // unit * (height // unit) for width, height in sizes(parts))
     activations = activation_bytes(config, dit, tokens, dtype.itemsize)
     if need > room:
         raise ConfigError(
@@ -108,7 +128,7 @@ def check(
         f"backends   {backends_line(device, dtype)}",
         f"memory     {need / GIB:.1f} GiB of weights, LLM and optimiser a rank, about {activations / GIB:.1f} GiB of "
         f"activations, of {room / GIB:.0f} GiB",
-        f"data       {shards_line(split(config.data, 'train'), index)}",
+        f"data       {shards_line(config.data, parts, moments, config.batch_size)}",
         f"room       {disk / GIB:.0f} GiB on disk for {config.keep_checkpoints} checkpoints, "
         f"{shm / GIB:.1f} GiB of shared memory",
     ]

@@ -57,6 +57,10 @@ BAD = [
     (["--preset=paper-256", "--data.path=/nowhere"], "data.path: wanted a folder with train/index.json"),
     (["--eval.prompts=/nowhere.txt"], "eval.prompts: wanted a .txt or .jsonl file"),
     (["--data.shapes_samples=5"], "data.shapes_captions: wanted at most data.shapes_samples=5, got 400"),
+    (["--data.captions=caption"], "data.captions: wanted NAME=WEIGHT,..., got 'caption'"),
+    (["--data.captions=caption=-1"], "data.captions: wanted names, each with a finite weight above 0"),
+    (["--data.captions={}"], "data.captions: wanted names, each with a finite weight above 0"),
+    (["--data.mix=a=nan"], "data.mix: wanted a number, got NaN"),
     (["stray"], "unrecognized arguments: stray"),
 ]
 

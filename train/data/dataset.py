@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,30 +15,32 @@ from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
 
+from train.data.corpora import Part, sizes
 from train.data.memory import Claim
-from train.data.order import deal, epoch_order
+from train.data.order import deal, epoch_order, one_size_a_batch
 from train.data.shards import VerifiedStream
-from train.data.source import Source
 
 
 class Shards(StreamingDataset):
     """One split. Iterated, it is this rank's (or loader process's) part of an epoch; `self[i]` is any sample.
 
-    Its index must have been checked (`open_split`). batch: samples of an optimiser step over all ranks.
+    Its indexes must have been checked (`open_data`). batch: samples of an optimiser step over all ranks; all of them
+    come from parts of one size. Parts with proportions are drawn from as streaming does it: as many samples an epoch as
+    all parts hold.
 
     Raises: DataError where a shard is missing, damaged or out of reach, from whatever read it.
     """
 
-    def __init__(self, source: Source, micro_batch: int = 1, batch: int = 1, seed: int = 0) -> None:
+    def __init__(self, parts: Sequence[Part], micro_batch: int = 1, batch: int = 1, seed: int = 0) -> None:
         super().__init__(
-            streams=[VerifiedStream(source)],
+            streams=[VerifiedStream(part.source, part.proportion) for part in parts],
             batch_size=micro_batch,
             shuffle=True,
             shuffle_seed=seed,
             num_canonical_nodes=1,
-            cache_limit=source.cache_bytes,
+            cache_limit=parts[0].source.cache_bytes,
         )
-        self.source, self.batch, self.micro_batch = source, batch, micro_batch
+        self.parts, self.batch, self.micro_batch = list(parts), batch, micro_batch
         if self._unique_rank_world.is_local_leader:  # nothing is trusted before it was compared with the index
             self._shard_states.numpy()[:] = _ShardState.REMOTE
         self.claim = Claim(self._shm_prefix_int, self._unique_rank_world.is_local_leader)
@@ -60,7 +62,7 @@ class Shards(StreamingDataset):
     def _evict_coldest_shard(self) -> None:
         """What an earlier run left in the cache and this one has not used goes first. The caller holds the lock."""
         for shard_id in np.flatnonzero(self._shard_states.numpy() == _ShardState.REMOTE):
-            stream: Any = self.streams[0]
+            stream: Any = self.streams[self.stream_per_shard[shard_id]]
             if stream.held(self.shards[shard_id]):
                 return self._evict_shard(int(shard_id))
         super()._evict_coldest_shard()
@@ -72,13 +74,30 @@ class Shards(StreamingDataset):
             self.prepare_shard(shard_id)
         return super().get_item(sample_id, retry)
 
+    def streams_by_size(self) -> list[list[int]]:
+        """The streams whose samples may share a batch."""
+        return [[i for i, part in enumerate(self.parts) if part.size == size] for size in sizes(self.parts)]
+
+    def whole_batches(self) -> list[int]:
+        """Batches an epoch, for each of `streams_by_size`."""
+        return [sum(int(self.streams[i].choose) for i in group) // self.batch for group in self.streams_by_size()]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The samples of an epoch, in order: streaming's own up- and down-sampling of every part, then shuffled."""
+        orders = []
+        for group in self.streams_by_size():
+            drawn = [self.resample_streams(epoch, stream) for stream in group]
+            units, ids = (np.concatenate(arrays) for arrays in zip(*drawn, strict=True))
+            orders.append(ids[epoch_order(units, self.shuffle_seed, epoch)])
+        return orders[0] if len(orders) == 1 else one_size_a_batch(orders, self.batch, self.shuffle_seed, epoch)
+
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """This process's samples of the rest of an epoch. The order is made once a node and shared."""
         if not hasattr(self._shared_barrier, "lock"):
             self._shared_barrier.lock = FileLock(self._shared_barrier.filelock_path)
         world = self._unique_worker_world
         if world.is_local_leader:
-            order = epoch_order(self.samples_per_shard, self.shuffle_seed, epoch)
+            order = self._order(epoch)
             dealt = deal(
                 order, sample_in_epoch, self.batch, world.num_ranks, self.micro_batch, world.workers_per_rank
             )  # [ranks, workers, batches, micro]
@@ -131,4 +150,5 @@ class Shards(StreamingDataset):
     def file_of(self, sample_id: int) -> str:
         """The shard file that holds a sample, for messages."""
         shard_id, at = self.spanner[sample_id]
-        return f"{self.source.folder / self.shards[shard_id].file_pairs[0][0].basename}, sample {at}"
+        folder = self.parts[self.stream_per_shard[shard_id]].source.folder
+        return f"{folder / self.shards[shard_id].file_pairs[0][0].basename}, sample {at}"

@@ -12,7 +12,7 @@ from typing import Any
 from train.config import ConfigError
 
 INDEX = "index.json"
-COLUMNS = ("image", "caption")  # what training cannot do without
+COLUMNS = ("caption",)  # what training cannot do without, beside image or moments
 NUMBER = r"u?int(8|16|32|64)|float(16|32|64)"
 ENCODING = re.compile(rf"bytes|str|json|int|{NUMBER}|ndarray(:({NUMBER})(:\d+(,\d+)*)?)?")  # never pkl: it runs code
 COMPRESSION = re.compile(r"(zstd|gz|bz2)(:\d+)?")  # those that can be undone with a bound
@@ -30,7 +30,8 @@ class Index:
     """What a split holds.
 
     columns: encoding by name. bytes: of all shards, not compressed. largest: bytes of the largest shard, with its
-    compressed form. hashed: every file's hash is known.
+    compressed form. hashed: every file's hash is known. encoder: fingerprint of the VAE's encoder that made the
+    column moments, where there is one.
     """
 
     samples: int
@@ -39,6 +40,7 @@ class Index:
     bytes: int
     largest: int
     hashed: bool
+    encoder: str | None = None
 
 
 def read_index(folder: Path, columns: tuple[str, ...] = COLUMNS) -> Index:
@@ -149,7 +151,9 @@ def check_index(plain: Any, where: str, columns: tuple[str, ...] = COLUMNS) -> t
     want(times == 1, "shards", "different files", name)
     for name in columns:
         want(name in (first or {}), "shards[0].column_names", f"a column {name!r}", sorted(first or {}))
-    return Index(samples, len(shards), first or {}, size, largest, hashed), names
+    about = plain.get("moments")
+    encoder = about.get("encoder") if isinstance(about, dict) else None
+    return Index(samples, len(shards), first or {}, size, largest, hashed, encoder), names
 
 
 def inside(name: Any) -> bool:

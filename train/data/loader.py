@@ -8,22 +8,22 @@ import multiprocessing
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from streaming import StreamingDataLoader
 from torch import Tensor
 
 from train.config import ConfigError
+from train.data.corpora import Part
 from train.data.errors import DataError, plain
 from train.data.memory import release
 from train.data.samples import Pairs, collate
-from train.data.source import Source
 
 AHEAD = 2  # micro-batches made before they are asked for, where no loader process makes them
 JOIN = 5.0  # seconds that closing waits for the thread that makes them
 PR_SET_PDEATHSIG = 1
-Batch = tuple[Tensor, list[str]]
+Batch = tuple[Tensor, list[tuple[str, ...]]]  # images or moments, and each sample's captions
 
 
 def _outlive_signals(worker: int) -> None:
@@ -49,16 +49,21 @@ def end_workers() -> None:
 class TrainLoader:
     """Endless micro-batches of one rank, epoch after epoch, shuffled by seed and epoch; its place can be saved.
 
-    micro_batch: samples of this rank in a forward pass. batch: samples of an optimiser step, over all ranks.
+    parts, captions, moments: as of Pairs. micro_batch: samples of this rank in a forward pass. batch: samples of an
+    optimiser step, over all ranks.
 
     Raises: DataError from iterating, wherever the data was read; ConfigError.
     """
 
-    def __init__(self, source: Source, image_size: int, micro_batch: int, batch: int, workers: int, seed: int) -> None:
-        self.dataset = Pairs(source, image_size, micro_batch, batch, seed)
-        if self.dataset.num_samples < batch:
+    def __init__(
+        self, parts: Sequence[Part], captions: Sequence[str], moments: tuple[int, int] | None, micro_batch: int,
+        batch: int, workers: int, seed: int,
+    ) -> None:  # fmt: skip
+        self.dataset = Pairs(parts, captions, moments, micro_batch, batch, seed)
+        if not sum(self.dataset.whole_batches()):
             raise ConfigError(
-                f"batch_size: wanted at most the {self.dataset.num_samples} samples of {source}, got {batch}"
+                f"batch_size: wanted at most the {max(part.index.samples for part in parts)} samples of "
+                f"{parts[0].source}, got {batch}"
             )
         self.loader = StreamingDataLoader(
             self.dataset,

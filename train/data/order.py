@@ -6,6 +6,8 @@ of the split in every epoch, as each is shuffled anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from streaming.base.shuffle import get_shuffle
@@ -15,6 +17,15 @@ def epoch_order(samples_per_shard: NDArray[np.int64], seed: int, epoch: int) -> 
     """All samples in the order of an epoch, int64 [n]: shards in random order, samples mixed over 2^18 to 2^22."""
     block = max(4_000_000, 1 << 18)
     return get_shuffle("py1e", samples_per_shard, 1, seed, epoch, block)
+
+
+def one_size_a_batch(orders: Sequence[NDArray[np.int64]], batch: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Several orders into one, int64 [n]: each batch of samples comes from one of them, the batches in random order.
+
+    What is left over of each order is left out, as at the end of an epoch.
+    """
+    whole = [order[: len(order) // batch * batch].reshape(-1, batch) for order in orders]
+    return np.random.default_rng([seed, epoch]).permutation(np.concatenate(whole)).flatten()
 
 
 def deal(order: NDArray[np.int64], start: int, batch: int, world: int, micro: int, workers: int) -> NDArray[np.int64]:

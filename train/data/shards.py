@@ -91,8 +91,10 @@ class VerifiedStream(Stream):
     `prepare_shard` runs for every shard of a run once on a node, also where the file is there already.
     """
 
-    def __init__(self, source: Source) -> None:
-        super().__init__(remote=source.remote, local=str(source.folder), download_timeout=TIMEOUT)
+    def __init__(self, source: Source, proportion: float | None = None) -> None:
+        super().__init__(
+            remote=source.remote, local=str(source.folder), download_timeout=TIMEOUT, proportion=proportion
+        )
         self.source = source
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: Any) -> None:

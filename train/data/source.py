@@ -16,9 +16,7 @@ from streaming.base.storage import CloudDownloader
 
 from train.config import ConfigError, DataConfig
 from train.data.errors import DataError, plain
-from train.data.index import INDEX, Index, read_index
-from train.data.memory import clean_stale
-from train.distributed import Ranks
+from train.data.index import COLUMNS, INDEX, Index, read_index
 
 PROMPTS = "prompts.jsonl"
 ATTEMPTS, TIMEOUT = 3, 60.0  # of fetching a file; seconds until an answer begins
@@ -105,7 +103,7 @@ def fetch_file(source: Source, name: str) -> Path:
     return path
 
 
-def open_split(source: Source) -> Index:
+def open_split(source: Source, columns: tuple[str, ...] = COLUMNS) -> Index:
     """The split's index, checked; from a store it is fetched anew, so that no older one in the cache is used.
 
     Raises: ConfigError naming what is wrong with it; DataError when the store does not answer.
@@ -118,37 +116,7 @@ def open_split(source: Source) -> Index:
             if isinstance(error.__cause__, FileNotFoundError) or code:
                 raise ConfigError(f"data.path: {error}") from None
             raise
-    return read_index(source.folder)
-
-
-def open_data(data: DataConfig, ranks: Ranks) -> dict[str, Index]:
-    """Make the data ready on every node: stale shared memory removed, the indices of train and val checked, the store's
-    prompts fetched. A collective call, before any streaming dataset is made.
-
-    Raises: ConfigError or DataError, the same on all ranks.
-    """
-    result: dict[str, Index] | Exception | None = None
-    if ranks.local_rank == 0:
-        try:
-            clean_stale()
-            result = {name: open_split(split(data, name)) for name in ("train", "val")}
-            source, largest = split(data, "train"), result["train"].largest
-            if source.cache_bytes is not None and source.cache_bytes < 4 * largest:
-                raise ConfigError(
-                    f"data.cache_gb: wanted room for four of the largest shards, {4 * largest / (1 << 30):.2g}, "
-                    f"got {data.cache_gb}"
-                )
-            if source.remote:
-                fetch_prompts(root(data))
-        except (ConfigError, DataError) as error:
-            result = type(error)(str(error))  # without its cause, which may not travel
-    found = [outcome for outcome in ranks.gather(result) if outcome is not None]
-    for outcome in found:
-        if isinstance(outcome, Exception):
-            raise outcome
-    if any(outcome != found[0] for outcome in found):
-        raise ConfigError(f"data.path: wanted the same data on every node, the indices of {data.path} differ")
-    return found[0]
+    return read_index(source.folder, columns)
 
 
 def fetch_prompts(source: Source) -> None:

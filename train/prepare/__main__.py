@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from train.prepare.commands import add_jsonl, add_parquet, add_webdataset
+from train.prepare.moments import add_moments
+from train.prepare.recaption import add_recaption
 from train.prepare.rejects import PrepareFailed
 from train.prepare.shapes import add_shapes
 from train.shapes.corpus import BadArgument
@@ -28,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_jsonl(commands)
     add_webdataset(commands)
     add_parquet(commands)
+    add_recaption(commands)
+    add_moments(commands)
     options = vars(parser.parse_args(argv))
     prepare = options.pop("prepare")
     try:
