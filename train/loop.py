@@ -18,6 +18,7 @@ from sr_model.flow import interpolate, logit_normal_times, velocity
 from train import checkpoint
 from train.assemble import Parts, assemble
 from train.config import Config, ConfigError
+from train.data import lost_worker
 from train.distributed import Ranks, peak_flops, start
 from train.draws import draw
 from train.evaluate import Evaluator, fusion_row, score_table
@@ -101,7 +102,10 @@ def train(config: Config) -> int:
     """
     ranks = start(2 * config.guard.stall_seconds)  # the watchdog speaks first: it knows more than a collective call
     with Watchdog(config.guard.stall_seconds, ranks) as watchdog:
-        return run(config, ranks, watchdog)
+        try:
+            return run(config, ranks, watchdog)
+        except RuntimeError as error:
+            raise lost_worker(error) or error from error.__cause__
 
 
 def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:

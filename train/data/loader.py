@@ -93,10 +93,6 @@ class TrainLoader:
                     yield batch, self.loader.state_dict() or {}
         except (DataError, ConfigError) as error:  # a loader process wraps them in its traceback
             raise type(error)(plain(error)) from error
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                raise DataError(f"data.workers: {plain(error)}; out of memory, or of shared memory?") from error
-            raise
 
     def _ahead(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """`_passes`, run by a thread that is up to AHEAD micro-batches before its reader."""

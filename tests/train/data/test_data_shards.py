@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from train.config import ConfigError, DataConfig
 from train.data import DataError, Source, TrainLoader, open_data, read_split, split
-from train.data.errors import plain
+from train.data.errors import lost_worker, plain
 from train.data.memory import SHARED, claims, clean_stale
 from train.data.shards import undo, zstd_frame
 
@@ -204,3 +204,10 @@ def test_paths_stay_paths():
     assert split(data, "train").remote == "s3://bucket/set/train"
     assert split(data, "train").at("index.json") == "s3://bucket/set/train/index.json"
     assert split(DataConfig(path="here"), "val") == Source(Path("here/val"))
+
+
+def test_a_killed_loader_process_is_an_error_of_the_data():
+    lost = lost_worker(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
+    assert str(lost).startswith("data.workers: DataLoader worker (pid 7) is killed by signal: Killed.")
+    assert lost_worker(lost) is None
+    assert lost_worker(RuntimeError("other")) is None
