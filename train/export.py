@@ -18,9 +18,10 @@ import torch
 from sr_model import DiT, FuseDiT
 from train import checkpoint
 from train.assemble import load_codec, load_encoder
-from train.config import ConfigError, fail, from_plain
+from train.config import ConfigError, from_plain
 from train.distributed import Ranks
 from train.evaluate import make_pipeline
+from train.flags import fail
 
 WEIGHTS = ("ema", "master")
 

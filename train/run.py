@@ -10,7 +10,8 @@ from pathlib import Path
 if not __package__:  # run as a script: the folder of this file comes first on the path, the packages stand one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train.config import ConfigError, fail, parse
+from train.config import ConfigError
+from train.flags import fail, parse
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from train.config import Config, ConfigError, parse, presets
+from train.config import Config, ConfigError
+from train.flags import parse, presets
 from train.run import main
 
 ROOT = Path(__file__).parent.parent.parent
