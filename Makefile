@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 # constraints.txt was resolved on Python 3.11; some of its exact versions do not exist for 3.10.
 CONSTRAINTS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else '')")
 
-.PHONY: help install demo test faults bench lint
+.PHONY: help install demo test faults bench gpu lint
 
 help:
 	@echo "make demo   install, build the shapes corpus, train with STRATEGY=$(STRATEGY) under DeepSpeed, draw pictures"
 	@echo "make test   run the test suite"
 	@echo "make faults kill ranks, break files, fill disks under real training runs, and see what happens"
 	@echo "make bench  run the kernel micro-benchmarks"
+	@echo "make gpu    on an H100 or H200: the GPU's value tests, then every benchmark"
 	@echo "make lint   ruff (lint and format) and mypy"
 
 $(READY): pyproject.toml constraints.txt
@@ -30,13 +31,16 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed train/run.py --strategy $(STRATEGY)
 
 test: install
-	$(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 faults: install
-	$(BIN)/python -m pytest -m faults tests/faults
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults tests/faults
 
 bench: install
 	$(BIN)/python -m pytest bench/kernels --benchmark-only
+
+gpu: install
+	PYTHON=$(BIN)/python bench/gpu.sh
 
 lint: install
 	$(BIN)/ruff check .

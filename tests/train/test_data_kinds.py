@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 
 from tests.train.data.test_corpora import write
 from tests.train.prepare.test_moments import make_vae
-from tests.train.test_run import losses, validation
+from tests.train.test_run import launch, losses, validation
 from train.prepare.__main__ import main as prepare
 from train.run import main
 
@@ -105,3 +105,14 @@ def test_buckets_mix_and_captions_resume_to_the_bit(train, mixed, corpora, capsy
     broken = train("broken", *common)
     assert losses(broken) == losses(whole)
     assert validation(broken)[7] == validation(whole)[7]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks the launcher for CPU ranks")
+def test_two_ranks_train_on_the_same_batches(train, mixed, tiny_flags, tmp_path):
+    flags = [*mixed, "--steps=4", "--micro_batch_size=4", "--zero=1"]
+    alone = losses(train("alone", *flags))
+    done = launch(*tiny_flags, *flags, f"--out={tmp_path / 'together'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    together = losses(tmp_path / "together")
+    assert set(together) == set(alone) == {1, 2, 3, 4}
+    assert all(math.isclose(alone[s], together[s], rel_tol=1e-5) for s in alone), (alone, together)

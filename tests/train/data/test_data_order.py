@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data import Source, TrainLoader
+from train.data import Part, Source, TrainLoader, read_index
 from train.data.order import deal, epoch_order
 
 
@@ -69,7 +69,8 @@ def test_a_loader_resumes_where_its_reader_was(corpus):
     """40 samples, 3 micro-batches of 4 in a batch: 3 batches an epoch. What was made ahead is not lost."""
 
     def loader(workers):
-        return TrainLoader(Source(corpus / "train"), 32, 4, 12, workers, seed=5)
+        part = Part(Source(corpus / "train"), read_index(corpus / "train"), (32, 32), "corpus")
+        return TrainLoader([part], ["caption"], None, 4, 12, workers, seed=5)
 
     whole, end = fingerprints(loader(0), 24)
     assert len({image for part in whole[:9] for image in part}) == 36

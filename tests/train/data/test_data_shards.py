@@ -16,10 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config import ConfigError, DataConfig
-from train.data import DataError, Source, TrainLoader, open_data, read_split, split
+from train.data import DataError, Part, Source, TrainLoader, open_data, read_index, read_split, split
 from train.data.errors import lost_worker, plain
 from train.data.memory import SHARED, claims, clean_stale
 from train.data.shards import undo, zstd_frame
+
+
+def loader_of(folder, side=32, batch=4, workers=0):
+    """Micro-batches of 4 from one folder of shards."""
+    part = Part(Source(folder), read_index(folder), (side, side), str(folder))
+    return TrainLoader([part], ["caption"], None, 4, batch, workers, 0)
 
 
 @given(st.binary(max_size=3000), st.integers(0, 40), st.sampled_from([1, 3, 19]))
@@ -60,19 +66,18 @@ def test_a_bomb_takes_no_memory(kind, pack):
 
 
 def test_a_folder_elsewhere_is_copied_and_mended(corpus, tmp_path, ranks_alone):
-    data = DataConfig(path=str(corpus), cache=str(tmp_path))
-    indices = open_data(data, ranks_alone)
-    assert indices["train"].samples == 40
+    data = DataConfig(path=str(corpus), cache=str(tmp_path), image_size=32)
+    parts = open_data(data, ranks_alone)["train"]
+    assert parts[0].index.samples == 40
     train = split(data, "train")
     assert train.folder.is_relative_to(tmp_path)
-    images, captions = read_split(train, 32, 5)
+    samples = read_split(parts, ["caption"], None, 5)
     (shard,) = train.folder.glob("shard*")
     good = shard.read_bytes()
     for damage in (good[:-1], bytes([good[0] ^ 1]) + good[1:], None):
         shard.write_bytes(damage) if damage else shard.unlink()
-        again, same = read_split(train, 32, 5)
-        assert (again == images).all()
-        assert same == captions
+        again = read_split(parts, ["caption"], None, 5)
+        assert all((a == b).all() and c == d for (a, c), (b, d) in zip(again, samples, strict=True))
         assert shard.read_bytes() == good
     assert sorted(p.name for p in train.folder.iterdir()) == ["index.json", shard.name]
 
@@ -85,7 +90,7 @@ def test_an_older_index_in_the_cache_is_not_used(corpus, tmp_path, ranks_alone):
     index = json.loads((own / "train" / "index.json").read_text())
     index["shards"][0]["samples"] = 39
     (own / "train" / "index.json").write_text(json.dumps(index))
-    assert open_data(data, ranks_alone)["train"].samples == 39
+    assert open_data(data, ranks_alone)["train"][0].index.samples == 39
 
 
 def test_a_cache_too_small_is_refused(corpus, tmp_path, ranks_alone):
@@ -112,7 +117,7 @@ def test_an_image_that_cannot_be_decoded_is_named(corpus, tmp_path, workers):
     index = json.loads(path.read_text())
     index["shards"][0]["raw_data"]["hashes"]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
     path.write_text(json.dumps(index))
-    loader = TrainLoader(Source(tmp_path / "train"), 32, 4, 4, workers, 0)
+    loader = loader_of(tmp_path / "train", workers=workers)
     with pytest.raises(DataError, match=rf"^{shard}, sample \d+ cannot be decoded: ") as caught:
         next(iter(loader))
     assert "\n" not in str(caught.value)
@@ -121,7 +126,7 @@ def test_an_image_that_cannot_be_decoded_is_named(corpus, tmp_path, workers):
 
 def test_the_size_of_images_is_named(corpus):
     for workers in (0, 2):
-        loader = TrainLoader(Source(corpus / "train"), 64, 4, 4, workers, 0)
+        loader = loader_of(corpus / "train", side=64, workers=workers)
         with pytest.raises(ConfigError, match=r"^data.image_size: wanted 64x64 images, the shards hold 32x32$"):
             next(iter(loader))
         loader.close()
@@ -129,12 +134,12 @@ def test_the_size_of_images_is_named(corpus):
 
 def test_a_batch_larger_than_the_split_is_refused(corpus):
     with pytest.raises(ConfigError, match=r"batch_size: wanted at most the 40 samples of .*train, got 41"):
-        TrainLoader(Source(corpus / "train"), 32, 41, 41, 0, 0)
+        loader_of(corpus / "train", batch=41)
 
 
 def test_a_loader_leaves_nothing_in_shared_memory(corpus):
     before = set(SHARED.iterdir()) | set(claims().glob("*"))
-    loader = TrainLoader(Source(corpus / "train"), 32, 4, 8, 0, 0)
+    loader = loader_of(corpus / "train", batch=8)
     next(iter(loader))
     loader.close()
     prefix = f"{loader.dataset._shm_prefix_int:06}"
@@ -145,8 +150,8 @@ def test_a_loader_leaves_nothing_in_shared_memory(corpus):
 HOLD = """
 import sys, time
 from pathlib import Path
-from train.data import Source, TrainLoader
-loader = TrainLoader(Source(Path(sys.argv[1])), 32, 4, 8, 0, 0)
+from tests.train.data.test_data_shards import loader_of
+loader = loader_of(Path(sys.argv[1]), batch=8)
 next(iter(loader))
 print(loader.dataset._shm_prefix_int, flush=True)
 time.sleep(600)
