@@ -1,6 +1,8 @@
 """Ranks that die or are told to stop: the others end soon, nothing stays behind, the next run continues to the bit."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -32,13 +34,13 @@ def test_a_killed_rank_ends_the_run_and_the_next_one_continues(launch):
     continues(launch, run.folder, *flags)
 
 
-def test_the_launcher_told_to_stop_ends_with_a_checkpoint(launch):
-    """SIGTERM to the launcher, as a scheduler sends it: it passes the signal on, and exits with 1 itself."""
+def test_a_launched_run_told_to_stop_ends_with_a_checkpoint(launch):
+    """SIGTERM to the launcher's process group, as schedulers send it; the `deepspeed` command itself dies of it."""
     flags = ("--zero=2", "--checkpoint_every=100000")
     run = launch("run", *FLAGS, *flags, ENDLESS, ranks=2)
     run.at_step(2)
-    run.signal()
-    assert run.wait(STOP) == 1
+    os.killpg(run.process.pid, signal.SIGTERM)
+    assert run.wait(STOP) == -signal.SIGTERM
     assert run.orphans() == []
     (path,) = (run.folder / "checkpoints").glob("step-*")
     assert checkpoint.fault(path) is None

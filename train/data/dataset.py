@@ -14,9 +14,10 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.dataset import _ShardState
+from streaming.base.world import World
 
 from train.data.corpora import Part, sizes
-from train.data.memory import Claim
+from train.data.memory import Claim, one_job_at_a_time
 from train.data.order import deal, epoch_order, one_size_a_batch
 from train.data.shards import VerifiedStream
 
@@ -32,18 +33,26 @@ class Shards(StreamingDataset):
     """
 
     def __init__(self, parts: Sequence[Part], micro_batch: int = 1, batch: int = 1, seed: int = 0) -> None:
-        super().__init__(
-            streams=[VerifiedStream(part.source, part.proportion) for part in parts],
-            batch_size=micro_batch,
-            shuffle=True,
-            shuffle_seed=seed,
-            num_canonical_nodes=1,
-            cache_limit=parts[0].source.cache_bytes,
-        )
+        with one_job_at_a_time(leads=World.detect().is_local_leader):
+            self._meet()
+            super().__init__(
+                streams=[VerifiedStream(part.source, part.proportion) for part in parts],
+                batch_size=micro_batch,
+                shuffle=True,
+                shuffle_seed=seed,
+                num_canonical_nodes=1,
+                cache_limit=parts[0].source.cache_bytes,
+            )
+            self._meet()
         self.parts, self.batch, self.micro_batch = list(parts), batch, micro_batch
         if self._unique_rank_world.is_local_leader:  # nothing is trusted before it was compared with the index
             self._shard_states.numpy()[:] = _ShardState.REMOTE
         self.claim = Claim(self._shm_prefix_int, self._unique_rank_world.is_local_leader)
+        self._meet()
+
+    @staticmethod
+    def _meet() -> None:
+        """Wait for all ranks."""
         if dist.is_initialized():
             dist.barrier()
 

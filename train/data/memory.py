@@ -12,6 +12,8 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from streaming import StreamingDataset
@@ -53,6 +55,32 @@ class Claim:
             self.handle = -1
             if self.leads:
                 self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_job_at_a_time(leads: bool, patience: float = 60.0) -> Iterator[None]:
+    """Inside, no other job of this user takes a number on this machine: every rank looks for a free one by itself, and
+    all must find the same.
+
+    leads: of this node's ranks the one that holds the lock. patience: seconds after which it goes on without: two jobs
+    on the same nodes may each wait for the other.
+    """
+    if not leads:
+        yield
+        return
+    claims().mkdir(mode=0o700, exist_ok=True)
+    handle = os.open(claims() / "starting", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(handle)
 
 
 def clean_stale() -> list[int]:

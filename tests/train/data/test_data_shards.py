@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from train.config import ConfigError, DataConfig
 from train.data import DataError, Part, Source, TrainLoader, open_data, read_index, read_split, split
 from train.data.errors import lost_worker, plain
-from train.data.memory import SHARED, claims, clean_stale
+from train.data.memory import SHARED, claims, clean_stale, one_job_at_a_time
 from train.data.shards import undo, zstd_frame
 
 
@@ -138,12 +139,12 @@ def test_a_batch_larger_than_the_split_is_refused(corpus):
 
 
 def test_a_loader_leaves_nothing_in_shared_memory(corpus):
-    before = set(SHARED.iterdir()) | set(claims().glob("*"))
+    before = set(SHARED.iterdir()) | set(claims().glob("[0-9]*"))
     loader = loader_of(corpus / "train", batch=8)
     next(iter(loader))
     loader.close()
     prefix = f"{loader.dataset._shm_prefix_int:06}"
-    left = set(SHARED.iterdir()) | set(claims().glob("*"))
+    left = set(SHARED.iterdir()) | set(claims().glob("[0-9]*"))
     assert not [path for path in left - before if path.name.startswith(prefix)]
 
 
@@ -156,6 +157,22 @@ next(iter(loader))
 print(loader.dataset._shm_prefix_int, flush=True)
 time.sleep(600)
 """
+
+
+def test_jobs_take_numbers_one_after_the_other():
+    entered = []
+
+    def job():
+        with one_job_at_a_time(leads=True):
+            entered.append("second")
+
+    second = threading.Thread(target=job)
+    with one_job_at_a_time(leads=True):
+        second.start()
+        with one_job_at_a_time(leads=False), one_job_at_a_time(leads=True, patience=0):
+            entered.append("first")  # other ranks of the job, and who has waited long enough, are not held up
+    second.join()
+    assert entered == ["first", "second"]
 
 
 def test_only_what_a_dead_process_left_is_cleaned(corpus):
