@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from train.config import ConfigError
+from train.disk import replace_text, sync
 from train.distributed import Ranks
 from train.engine import Ema, FullState
 
@@ -45,20 +45,6 @@ class CheckpointError(RuntimeError):
 
 def _name(step: int) -> str:
     return f"step-{step:07d}"
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
-    _sync(path)
 
 
 def sha256(path: Path) -> str:
@@ -145,7 +131,7 @@ def save(
 
     def hashed(name: str) -> dict[str, Any]:
         file = partial / name
-        _sync(file)
+        sync(file)
         return {name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}
 
     def write(share: dict[str, Tensor], kind: str, part: int) -> dict[str, Any]:
@@ -171,22 +157,19 @@ def save(
             "schedule_step": engine.lr_scheduler.last_epoch,
             "versions": {package: version(package) for package in VERSIONS},
         }
-        _write(partial / STATE, json.dumps(facts, indent=1))
+        replace_text(partial / STATE, json.dumps(facts, indent=1))
         return hashed(STATE)
 
     def finish() -> None:
         if not ranks.first:
             return
         manifest = {"step": step, "files": files}
-        _write(partial / MANIFEST, json.dumps(manifest, indent=1))
-        _sync(partial)
+        replace_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+        sync(partial)
         shutil.rmtree(final, ignore_errors=True)  # a broken one that was passed over
         partial.rename(final)
-        _sync(folder)
-        pointer = folder / f".{LATEST}"
-        _write(pointer, final.name + "\n")
-        os.replace(pointer, folder / LATEST)
-        _sync(folder)
+        sync(folder)
+        replace_text(folder / LATEST, final.name + "\n")
         for old in [p for p in sorted(folder.glob("step-*")) if p.name <= final.name][:-keep]:
             if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
                 try:

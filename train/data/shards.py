@@ -44,6 +44,12 @@ def fault(path: Path, info: FileInfo) -> str | None:
     return None if digest.hexdigest() == info.hashes[name] else f"is not what was written ({name} differs)"
 
 
+def wrong_hash(data: bytes, info: FileInfo) -> str | None:
+    """The name of the hash that data fails; None where it is what the index says."""
+    name = best_hash(info)
+    return None if name is None or hashlib.new(name, data).hexdigest() == info.hashes[name] else name
+
+
 def best_hash(info: FileInfo) -> str | None:
     """The strongest hash the index knows of a file."""
     return max((name for name in info.hashes if name in HASHES), key=lambda name: HASHES[name], default=None)

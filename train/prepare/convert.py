@@ -7,7 +7,6 @@ source and the arguments alone, not on the number of workers, their order, or wh
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -24,10 +23,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from train.disk import alone, replace_text, sync
 from train.prepare.journal import FirstCopies, Journal
 from train.prepare.pool import Pool
 from train.prepare.rejects import Broken, PrepareFailed
-from train.prepare.shards import finish_folder, remove_others, replace_text, stored, sync
+from train.prepare.shards import finish_folder, remove_others, stored
 from train.prepare.sources import Bad, Unit
 from train.prepare.units import VAL_BITS, Job, convert, scan
 from train.shapes.corpus import BadArgument
@@ -102,17 +102,6 @@ def _finished(out: Path, arguments: dict[str, Any], sources: list[list[Any]]) ->
         raise BadArgument(f"out: {out} holds files but no run of prepare, want a new or empty folder") from None
     _same(out, arguments, before, sources, sources_before)
     return report
-
-
-@contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises: BadArgument where another process has it."""
-    with open(state / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadArgument(f"out: another process prepares {state.parent}") from None
-        yield
 
 
 @contextmanager
@@ -333,7 +322,7 @@ def prepare(
     state = out / STATE
     state.mkdir(parents=True, exist_ok=True)
     run = _Run(job, out, workers, progress)
-    with _alone(state):
+    with alone(state / "lock", BadArgument(f"out: another process prepares {state.parent}")):
         try:
             journal = Journal(state)
             try:

@@ -7,7 +7,6 @@ from the entries when it is given again; OUT is complete once it holds COLUMN.js
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,20 +14,20 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from train.config import ConfigError
+from train.disk import alone, replace_text
 from train.shapes.corpus import BadArgument
 
 WORK = ".rewrite"
 LARGEST_SHARD = (1 << 32) - 1  # MDS offsets are uint32
-CODECS = {"zstd": "zstd", "gz": "gzip", "bz2": "bz2", "br": "brotli"}  # streaming's name -> pyarrow's
 Sample = dict[str, Any]
 Tick = Callable[[int], Any]
 
@@ -65,90 +64,50 @@ def _wrong(path: Path, what: str) -> BrokenShard:
     return BrokenShard(f"{path}: {what}")
 
 
-def _file_info(info: Any) -> bool:
-    name = info["basename"]
-    plain = isinstance(name, str) and name == PurePosixPath(name).name and "\\" not in name
-    return plain and 0 <= info["bytes"] <= LARGEST_SHARD and isinstance(info["hashes"], dict)
-
-
 def read_index(folder: Path) -> dict[str, Any]:
-    """A split's index.json, checked: MDS, plain file names, no pickled column, sizes in reason, the same columns.
-
-    Raises: BrokenShard.
-    """
-    from streaming.base.format.mds.encodings import is_mds_encoding, is_mds_encoding_safe
+    """A split's index.json, checked as training checks it; it may have no shards. Raises: BrokenShard."""
+    from train.data.index import check_index
 
     path = folder / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        for shard in index["shards"]:
-            if (shard["version"], shard["format"]) != (2, "mds"):
-                raise _wrong(path, f"wanted mds shards of version 2, got {shard['format']} {shard['version']}")
-            for kind in ("raw_data", "zip_data"):
-                if (shard[kind] is not None or kind == "raw_data") and not _file_info(shard[kind]):
-                    raise _wrong(path, f"{kind}: wanted a plain file name and a size below 4 GiB, got {shard[kind]}")
-            names, encodings = shard["column_names"], shard["column_encodings"]
-            for name, encoding in zip(names, encodings, strict=True):
-                if not (is_mds_encoding(encoding) and is_mds_encoding_safe(encoding)):
-                    raise _wrong(path, f"column {name!r}: encoding {encoding!r} is not allowed")
-            if names != index["shards"][0]["column_names"] or encodings != index["shards"][0]["column_encodings"]:
-                raise _wrong(path, "wanted the same columns in all shards")
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise _wrong(path, f"wanted an MDS index, cannot read it: {error!r}") from None
+        if index != {"version": 2, "shards": []}:
+            check_index(index, str(path), ())
+    except ConfigError as error:
+        raise BrokenShard(str(error).removeprefix("data.path: ")) from None
+    except ValueError as error:
+        raise _wrong(path, f"wanted an MDS index, cannot read it: {error}") from None
     return index
 
 
-def _unpack(data: bytes, codec: str, size: int, path: Path) -> bytes:
-    """Decompressed data, which must be `size` bytes: no more than one beyond is ever unpacked."""
-    if codec.partition(":")[0] not in CODECS:
-        raise _wrong(path, f"wanted a compression out of {', '.join(CODECS)}, got {codec}")
-    try:
-        import pyarrow
-    except ImportError:
-        raise BadArgument("pyarrow: compressed shards need it, pip install 'semantic-routing[prepare]'") from None
-    try:
-        with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), CODECS[codec.partition(":")[0]]) as stream:
-            raw = stream.read(size + 1)
-    except OSError as error:
-        raise _wrong(path, f"cannot be decompressed: {error}") from None
-    if len(raw) != size:
-        raise _wrong(path, f"unpacks to {'more' if len(raw) > size else 'fewer'} bytes than the {size} of its index")
-    return raw
-
-
-def _check_hashes(data: bytes, hashes: dict[str, str], path: Path) -> None:
-    from streaming.base.hashing import get_hash
-
-    for name, wanted in hashes.items():
-        if (got := get_hash(name, data)) != wanted:
-            raise _wrong(path, f"{name} is {got[:12]}..., its index says {wanted[:12]}...")
-
-
 def read_shard(folder: Path, shard: dict[str, Any]) -> list[Sample]:
-    """A shard's samples, its file's size and hashes compared with the index. Raises: BrokenShard."""
+    """A shard's samples, its file's size and hash compared with the index. Raises: BrokenShard."""
+    from streaming.base.format import FileInfo
     from streaming.base.format.mds import MDSReader
 
-    info = shard["raw_data"]
-    packed = shard["zip_data"] is not None and not (folder / info["basename"]).exists()
-    info = shard["zip_data"] if packed else info
-    path = folder / info["basename"]
-    if not path.is_file() or path.resolve().parent != folder.resolve():
-        raise _wrong(path, "wanted a file in the split's folder, found none")
-    if path.stat().st_size != info["bytes"]:
-        raise _wrong(path, f"has {path.stat().st_size} bytes, its index says {info['bytes']}")
-    raw = path.read_bytes()
-    _check_hashes(raw, info["hashes"], path)
-    if packed:
-        raw = _unpack(raw, shard["compression"], shard["raw_data"]["bytes"], path)
-        _check_hashes(raw, shard["raw_data"]["hashes"], path)
+    from train.data.shards import fault, undo, wrong_hash
+
+    info = FileInfo(**shard["raw_data"])
+    packed = shard["zip_data"] is not None and not (folder / info.basename).exists()
+    file = FileInfo(**shard["zip_data"]) if packed else info
+    path = folder / file.basename
+    if path.resolve().parent != folder.resolve():
+        raise _wrong(path, "wanted a file in the split's folder, found a link out of it")
+    if what := fault(path, file):
+        raise _wrong(path, what)
     try:
+        raw = path.read_bytes()
+        if packed:
+            raw = undo(raw, shard["compression"], info.bytes)
+            if name := wrong_hash(raw, info):
+                raise ValueError(f"unpacked it is not what was written ({name} differs)")
         (count,) = np.frombuffer(raw, np.uint32, 1).tolist()
         if count != shard["samples"]:
             raise ValueError(f"has {count} samples, its index says {shard['samples']}")
         offsets = np.frombuffer(raw, np.uint32, count + 1, offset=4).tolist()
         reader = MDSReader.from_json(str(folder), None, shard)
         return [reader.decode_sample(raw[a:b]) for a, b in pairwise(offsets)]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # zstd, zlib and the columns' decoders have their own
         raise _wrong(path, f"wanted an MDS shard: {error}") from None
 
 
@@ -170,16 +129,6 @@ def columns_of(index: dict[str, Any]) -> dict[str, str]:
         return {}
     first = index["shards"][0]
     return dict(zip(first["column_names"], first["column_encodings"], strict=True))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or, after a crash, what was there before."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _write_shard(
@@ -205,17 +154,6 @@ def _write_shard(
             os.replace(partial / old, folder / info["basename"])
     shutil.rmtree(partial)
     return entry
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Keeps a second process out of the same output."""
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadArgument(f"out: another process is writing {work.parent}") from None
-        yield
 
 
 def _same(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
@@ -248,7 +186,7 @@ def _claim(out: Path, column: str, asked: dict[str, Any]) -> dict[str, Any] | No
     if out.exists() and (not out.is_dir() or any(path.name != WORK for path in out.iterdir())):
         raise BadArgument(f"out: wanted a new or empty folder, or one this command began, got {out}")
     work.mkdir(parents=True, exist_ok=True)
-    write_atomically(work / "asked.json", json.dumps(asked, indent=2) + "\n")
+    replace_text(work / "asked.json", json.dumps(asked, indent=2) + "\n")
     return None
 
 
@@ -286,7 +224,7 @@ def rewrite(
     if report is not None:
         print(f"{added.name}: {out} is finished, {report['samples']} samples", file=sys.stderr)
         return report
-    with _alone(out / WORK):
+    with alone(out / WORK / "lock", BadArgument(f"out: another process is writing {out}")):
         total = sum(shard["samples"] for index in splits.values() for shard in index["shards"])
         # None: no bar where stderr is not a terminal.
         with tqdm(total=total, desc=added.name, unit="sample", disable=None if progress else True) as bar:
@@ -325,7 +263,7 @@ def _one_shard(
         for at, reason, detail in outcome.quarantined
     ]
     state = {"entry": entry, "quarantined": quarantined, "counts": outcome.counts}
-    write_atomically(done, json.dumps(state) + "\n")
+    replace_text(done, json.dumps(state) + "\n")
 
 
 def _finish(
@@ -351,10 +289,10 @@ def _finish(
         about = {} if added.metadata is None else {added.name: added.metadata}
         indexes[name] = {**index, **about, "shards": [state["entry"] for state in states]}
     if lines:
-        write_atomically(out / "quarantine.jsonl", "".join(lines))
+        replace_text(out / "quarantine.jsonl", "".join(lines))
     for name in sorted(indexes, key=lambda name: name.split("/")[0] == "train"):
-        write_atomically(out / name / "index.json", json.dumps(indexes[name], sort_keys=True))
+        replace_text(out / name / "index.json", json.dumps(indexes[name], sort_keys=True))
     samples = sum(shard["samples"] for index in splits.values() for shard in index["shards"])
     report = {"asked": asked, "samples": samples, "quarantined": dict(reasons), "counts": dict(counts)}
-    write_atomically(out / f"{added.name}.json", json.dumps(report, indent=2) + "\n")
+    replace_text(out / f"{added.name}.json", json.dumps(report, indent=2) + "\n")
     return report

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from train.disk import replace_text, sync
+
 BASE_COLUMNS = {"image": "bytes", "caption": "str", "meta": "json"}
 
 
@@ -36,26 +38,6 @@ def writer(folder: Path, columns: Iterable[str], compression: str | None, size_l
     if raw:
         out.encode_sample = bytes
     return out
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that it has its old content or the new one, whatever happens."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync(path.parent)
 
 
 def stored(shard: dict[str, Any]) -> dict[str, Any]:

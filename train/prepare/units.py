@@ -12,11 +12,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from train.disk import sync
 from train.prepare.captions import CaptionOptions, check
 from train.prepare.images import ImageOptions, render
 from train.prepare.journal import HASH_BYTES, FirstCopies
 from train.prepare.rejects import Broken, Rejected
-from train.prepare.shards import rename, stored, sync, writer
+from train.prepare.shards import rename, stored, writer
 from train.prepare.sources import Bad, Row, Source, Unit
 
 VAL_BITS = 63  # of a key's hash: SQLite's integers are signed

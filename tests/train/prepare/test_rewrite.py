@@ -175,7 +175,7 @@ def test_a_broken_shard_is_named(source, tmp_path, fault):
         info = index["shards"][1]["zip_data"]
         info["bytes"], info["hashes"]["sha256"] = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
         (source / "train" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(BrokenShard, match=r"shard\.00001\.mds\.zstd: "):
+    with pytest.raises(BrokenShard, match=r"shard\.00001\.mds\.zstd"):
         rewrite(source, tmp_path / "out", lengths(), {}, progress=False)
     assert not (tmp_path / "out" / "train" / "index.json").exists()
 
@@ -190,7 +190,7 @@ def test_a_zstd_bomb_is_refused_in_bounded_memory(source):
     import pyarrow
 
     before = pyarrow.default_memory_pool().max_memory()
-    with pytest.raises(BrokenShard, match="unpacks to more bytes than the"):
+    with pytest.raises(BrokenShard, match="unpacks to 268,435,456 bytes, wanted"):
         read_shard(folder, read_index(folder)["shards"][0])
     assert tracemalloc.get_traced_memory()[1] < 1 << 22
     assert pyarrow.default_memory_pool().max_memory() - before < 1 << 22
@@ -200,12 +200,12 @@ def test_a_zstd_bomb_is_refused_in_bounded_memory(source):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s["raw_data"].update(basename="../x.mds"), "plain file name"),
-        (lambda s: s["zip_data"].update(basename="/etc/passwd"), "plain file name"),
-        (lambda s: s["raw_data"].update(bytes=1 << 40), "below 4 GiB"),
-        (lambda s: s.update(column_encodings=["pkl"] * 4), "'pkl' is not allowed"),
-        (lambda s: s.update(format="json"), "wanted mds shards"),
-        (lambda s: s.pop("samples") and s.pop("column_names"), "cannot read it"),
+        (lambda s: s["raw_data"].update(basename="../x.mds"), "wanted a file name inside the folder"),
+        (lambda s: s["zip_data"].update(basename="/etc/passwd"), "wanted a file name inside the folder"),
+        (lambda s: s["raw_data"].update(bytes=1 << 40), "raw_data.bytes: wanted a whole number from"),
+        (lambda s: s.update(column_encodings=["pkl"] * 4), "column_encodings: wanted bytes, str"),
+        (lambda s: s.update(format="json"), "format: wanted 'mds'"),
+        (lambda s: s.pop("samples") and s.pop("column_names"), "wanted an object of"),
     ],
 )
 def test_an_index_that_cannot_be_trusted_is_refused(source, tmp_path, change, message):
@@ -220,7 +220,7 @@ def test_a_link_out_of_the_folder_is_not_followed(source, tmp_path):
     path = source / "train" / "shard.00000.mds.zstd"
     shutil.move(path, tmp_path / path.name)
     Path(path).symlink_to(tmp_path / path.name)
-    with pytest.raises(BrokenShard, match="wanted a file in the split's folder"):
+    with pytest.raises(BrokenShard, match="link out of it"):
         rewrite(source, tmp_path / "out", lengths(), {}, progress=False)
 
 
