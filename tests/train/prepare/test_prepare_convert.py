@@ -16,6 +16,7 @@ from PIL import Image
 from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 
+from train.disk import alone
 from train.prepare import convert, jsonl, shards
 from train.prepare.__main__ import main
 from train.prepare.units import key_hash
@@ -380,7 +381,7 @@ def test_a_folder_of_other_files_is_not_touched(tmp_path, capsys):
 def test_two_at_once_are_refused(tmp_path, capsys):
     source, out = write_jsonl(tmp_path), tmp_path / "out"
     (out / ".prepare").mkdir(parents=True)
-    with convert._alone(out / ".prepare"):
+    with alone(out / ".prepare" / "lock", AssertionError()):
         assert run("jsonl", source, "--out", out) == 2
     assert f"out: another process prepares {out}" in capsys.readouterr().err
     assert run("jsonl", source, "--out", out) == 0
