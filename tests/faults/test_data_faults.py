@@ -114,13 +114,13 @@ def test_a_damaged_shard_ends_every_rank_and_the_next_run_sees_it_too(launch, da
 
 
 def loader_process(run):
-    """A loader process of a rank that was started without the launcher."""
+    """A loader process of a rank that was started without the launcher. It ends with its epoch: let that be long."""
     return next(p for p in psutil.Process(run.process.pid).children() if "train/run.py" in p.cmdline())
 
 
 def test_a_rank_alone_that_has_no_data_ends_the_others_without_a_launcher(launch_ranks, data):
     """As on two nodes, where no launcher of the one sees the other."""
-    first, second = launch_ranks("run", f"--data.path={data()}", "--data.workers=1", "--steps=100000")
+    first, second = launch_ranks("run", f"--data.path={data(1600)}", "--data.workers=1", "--steps=100000")
     first.at_step(2)
     loader_process(second).kill()
     check(second, "data.workers: DataLoader worker")
@@ -131,7 +131,7 @@ def test_a_rank_alone_that_has_no_data_ends_the_others_without_a_launcher(launch
 
 
 def test_a_killed_loader_process_is_an_error(launch, data):
-    run = launch("run", f"--data.path={data()}", "--data.workers=2", "--steps=100000")
+    run = launch("run", f"--data.path={data(1600)}", "--data.workers=2", "--steps=100000")
     run.at_step(3)
     loader_process(run).kill()
     check(run, "data.workers: DataLoader worker")
