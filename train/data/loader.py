@@ -93,6 +93,12 @@ class TrainLoader:
                     yield batch, self.loader.state_dict() or {}
         except (DataError, ConfigError) as error:  # a loader process wraps them in its traceback
             raise type(error)(plain(error)) from error
+        except (OSError, EOFError) as error:
+            if not self.workers:
+                raise
+            raise DataError(  # it ended while it handed a batch over
+                f"data.workers: DataLoader worker is gone: {plain(error)}; out of memory, or of shared memory?"
+            ) from error
 
     def _ahead(self) -> Iterator[tuple[Batch, dict[str, Any]]]:
         """`_passes`, run by a thread that is up to AHEAD micro-batches before its reader."""
