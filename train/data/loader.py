@@ -96,6 +96,7 @@ class TrainLoader:
         except (OSError, EOFError) as error:
             if not self.workers:
                 raise
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would raise once more, anywhere
             raise DataError(  # it ended while it handed a batch over
                 f"data.workers: DataLoader worker is gone: {plain(error)}; out of memory, or of shared memory?"
             ) from error
