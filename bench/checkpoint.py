@@ -54,7 +54,7 @@ class Spent:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, what a save and a load call is timed."""
-        names = {"_share": "gather", "save_file": "write", "_sync": "flush", "sha256": "hash"}
+        names = {"_share": "gather", "save_file": "write", "sync": "flush", "sha256": "hash"}
         kept = {name: getattr(checkpoint, name) for name in names}
         for name, part in names.items():
             setattr(checkpoint, name, self.timed(part, kept[name]))
@@ -71,7 +71,7 @@ def copied(source: Path, target: Path) -> float:
     began = time.perf_counter()
     for file in source.iterdir():
         shutil.copyfile(file, target / file.name)
-        checkpoint._sync(target / file.name)
+        checkpoint.sync(target / file.name)
     took = time.perf_counter() - began
     shutil.rmtree(target)
     return took
