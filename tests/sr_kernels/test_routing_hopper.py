@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_routing import bounds, exact_norm, exact_route, relative
+from test_routing_native import constant_row, equal_layers, far_mean, nearly_one_hot, one_hot, outliers
 
 from sr_kernels import route
 from sr_kernels.routing import build, hopper, hopper_codegen, op
@@ -67,32 +68,6 @@ def run(emulator, layers, weights, cu_seqlens=None, *, stats=None, stages=None, 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def outliers(x):
-    x[..., 5] *= 1e4
-    return x
-
-
-def far_mean(x):
-    return x + 300
-
-
-def constant_row(x):
-    x[:, 1] = 7.3
-    return x
-
-
-def equal_layers(x):
-    return x[:1].expand_as(x).contiguous()
-
-
-def one_hot(weights):
-    return torch.nn.functional.one_hot(weights.argmax(-1), weights.shape[-1]).float()
-
-
-def nearly_one_hot(weights):
-    return (weights * 60).softmax(-1)
 
 
 def uniform(weights):
