@@ -45,6 +45,7 @@ class Shards(StreamingDataset):
             )
             self._meet()
         self.parts, self.batch, self.micro_batch = list(parts), batch, micro_batch
+        self._place: dict[str, Any] | None = None
         if self._unique_rank_world.is_local_leader:  # nothing is trusted before it was compared with the index
             self._shard_states.numpy()[:] = _ShardState.REMOTE
         self.claim = Claim(self._shm_prefix_int, self._unique_rank_world.is_local_leader)
@@ -124,6 +125,22 @@ class Shards(StreamingDataset):
             if memory is not None:
                 memory.cleanup()
         return mine[mine >= 0]
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Continue from a saved place; call before iterating.
+
+        streaming's puts it into shared memory, which a rank that ends at once removes while another still looks for it.
+        Loader processes are begun anew every epoch and get it with the dataset.
+        """
+        self._place = obj
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        """The epoch to read, and the samples of it to leave out; `epoch` is the next one by streaming's count."""
+        if self._place is None or self._place["epoch"] < epoch:
+            return epoch, 0
+        self.shuffle_seed = self._place["shuffle_seed"]
+        self.initial_physical_nodes = self._place["initial_physical_nodes"]
+        return self._place["epoch"], self._place["sample_in_epoch"]
 
     def __iter__(self) -> Iterator[Any]:
         """This process's samples of the next epoch, or of the rest of the one that was resumed.

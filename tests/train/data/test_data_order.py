@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.data import Part, Source, TrainLoader, read_index
+from train.data.memory import SHARED
 from train.data.order import deal, epoch_order
 
 
@@ -81,4 +82,6 @@ def test_a_loader_resumes_where_its_reader_was(corpus):
         rest = loader(2 - workers)
         rest.load_state_dict(state)
         assert rest.state_dict() == state
+        shared = SHARED.glob(f"{rest.dataset._shm_prefix_int:06}_*")
+        assert "resume" not in {path.name[7:] for path in shared}  # a rank that ends at once would take it from others
         assert seen + fingerprints(rest, 24 - count)[0] == whole
