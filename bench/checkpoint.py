@@ -1,8 +1,9 @@
 """What a checkpoint costs: `python -m bench.checkpoint`, then `python -m bench.report`.
 
 A save and a verified load of about one gigabyte of state (masters, two moments, average), split into gathering,
-writing, flushing to the disk and hashing, beside a plain copy of the same bytes, flushed, in the same rounds;
-and the share of the demo's training time that the hashes of its two checkpoints take. On one process with ZeRO-1.
+writing, flushing to the disk and hashing, beside a plain copy of the same bytes, flushed, in the same rounds; what of
+a save with --async_save training waits for, at its beginning and its end; and the share of the demo's training time
+that the hashes of its two checkpoints take. On one process with ZeRO-1.
 """
 
 from __future__ import annotations
@@ -51,13 +52,25 @@ class Spent:
 
         return call
 
+    def timed_steps(self, part: str, work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """`work`, a generator function, with the time of its steps added to a part."""
+
+        def call(*arguments: Any) -> Iterator[Any]:
+            step = self.timed(part, work(*arguments).__next__)
+            with contextlib.suppress(StopIteration):
+                while True:
+                    yield step()
+
+        return call
+
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, what a save and a load call is timed."""
-        names = {"_share": "gather", "save_file": "write", "sync": "flush", "sha256": "hash"}
-        kept = {name: getattr(checkpoint, name) for name in names}
+        names = {"save_file": "write", "sync": "flush", "sha256": "hash"}
+        kept = {name: getattr(checkpoint, name) for name in (*names, "_shares")}
         for name, part in names.items():
             setattr(checkpoint, name, self.timed(part, kept[name]))
+        checkpoint._shares = self.timed_steps("gather", kept["_shares"])  # type: ignore[assignment]
         try:
             yield
         finally:
@@ -96,6 +109,15 @@ def measure(folder: Path, hidden: int, rounds: int, ranks: Ranks) -> dict[str, A
         began = time.perf_counter()
         assert checkpoint.fault(path) is None
         row["verify"] = time.perf_counter() - began
+        shutil.rmtree(path)
+        began = time.perf_counter()
+        saving = checkpoint.BackgroundSave(folder, step, engine, ema, ranks, {}, keep=1)
+        row["held"] = time.perf_counter() - began
+        while saving.busy:
+            time.sleep(0.01)
+        began = time.perf_counter()
+        saving.finish()
+        row["held"] += time.perf_counter() - began
         began = time.perf_counter()
         checkpoint.load(path, engine, ema)
         row["load"] = time.perf_counter() - began

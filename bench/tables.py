@@ -260,12 +260,14 @@ def checkpoint_table(result: dict[str, Any]) -> str:
         f"{cost['copy']:.2f}",
         f"{cost['save']:.2f} ({result['save_over_copy']:.2f} of the copy, {low:.2f} to {high:.2f})",
         parts,
+        f"{cost['held']:.2f}",
         f"{cost['verify']:.2f} + {cost['load']:.2f}",
     )
     head = (
         "plain copy, flushed: s/GB",
         "save: s/GB (quartiles)",
         "gather / write / flush / hash",
+        "of it with `--async_save true`",
         "verify + load: s/GB",
     )
     note = f"{result['bytes'] / 1e9:.2f} GB, ZeRO {result['zero']}, medians of {result['rounds']} rounds"

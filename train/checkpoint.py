@@ -5,7 +5,7 @@ files, so that any number of ranks at any ZeRO stage can continue from it; and `
 loader's place, counters, versions. Saving: every rank writes into a partial folder, all vote, `manifest.json` (SHA-256
 of every file) is written last, the folder gets its name, `latest` is replaced atomically. Finding: the manifest is
 verified by all ranks together, the newest whole checkpoint is taken, a broken one is named. Neither holds more than
-PART_BYTES of a rank's share in memory at a time.
+PART_BYTES of a rank's share in memory at a time; only a save in the background copies all of it first.
 
 There is no generator state in it: all that is drawn is drawn from (seed, step, sample).
 """
@@ -17,7 +17,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from functools import partial as bound
 from importlib.metadata import version
 from pathlib import Path
@@ -56,18 +57,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _together(ranks: Ranks, what: str, work: Callable[[], Any]) -> list[Any]:
-    """Every rank's result of `work`. Raises: CheckpointError on all ranks when it failed on one."""
-    try:
-        outcome: tuple[Any, str | None] = work(), None
-    except Exception as error:  # whatever it is, the other ranks wait for this one's vote
-        outcome = None, f"{type(error).__name__}: {error}"
-    outcomes = ranks.gather(outcome)
-    if failed := [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]:
-        raise CheckpointError(f"checkpoint: {what} failed, the one before is untouched; {'; '.join(failed)}")
-    return [result for result, _ in outcomes]
-
-
 def owners(state: FullState, world: int) -> dict[str, int]:
     """Which rank writes a parameter: the one with the least so far, the largest parameters first."""
     load, owner = [0] * world, {}
@@ -91,14 +80,134 @@ def rounds(state: FullState, owner: dict[str, int]) -> list[list[str]]:
     return cut
 
 
-def _share(state: FullState, names: list[str], kind: str, mine: set[str]) -> dict[str, Tensor]:
-    """Those of `names` that this rank writes, on the CPU. A collective call: each is gathered by all."""
-    share = {}
-    for name in names:
-        value = state.get(name, "master" if kind == "ema" else kind)
-        if name in mine:
-            share[name] = value.detach().float().cpu().clone().contiguous()
-    return share
+def _shares(engine: deepspeed.DeepSpeedEngine, ema: Ema, ranks: Ranks) -> Generator[tuple[str, int, dict[str, Tensor]]]:
+    """What this rank writes, as CPU tensors: kind, number of the part, tensors by name.
+
+    Each step of the iteration is a collective call: every tensor is gathered by all.
+    """
+    state = FullState(engine)
+    owner = owners(state, ranks.world)
+    for kind in KINDS:
+        with ema.in_place_of_masters() if kind == "ema" else contextlib.nullcontext():
+            for part, names in enumerate(rounds(state, owner)):
+                share = {}
+                for name in names:
+                    value = state.get(name, "master" if kind == "ema" else kind)
+                    if owner[name] == ranks.rank:
+                        share[name] = value.detach().float().cpu().clone().contiguous()
+                yield kind, part, share
+                del share  # before the next are gathered
+
+
+def _facts(step: int, engine: deepspeed.DeepSpeedEngine, ema: Ema, ranks: Ranks, extra: dict[str, Any]) -> str:
+    """What STATE holds."""
+    state = FullState(engine)
+    facts = {
+        **extra,
+        "step": step,
+        "world": ranks.world,
+        "zero": engine.zero_optimization_stage(),
+        "dtype": str(next(iter(state.parameters.values())).dtype).removeprefix("torch."),
+        "model": {k: v for k, v in engine.module.config.items() if not k.startswith("_")},
+        "adam_step": state.adam_step,
+        "ema_steps": ema.steps,
+        "schedule_step": engine.lr_scheduler.last_epoch,
+        "versions": {package: version(package) for package in VERSIONS},
+    }
+    return json.dumps(facts, indent=1)
+
+
+class _Folder:
+    """A checkpoint's folder until it is whole. `begin` and `finish` are collective calls."""
+
+    def __init__(self, folder: Path, step: int, ranks: Ranks, keep: int, keep_every: int) -> None:
+        self.folder, self.step, self.ranks, self.keep, self.keep_every = folder, step, ranks, keep, keep_every
+        self.final, self.partial = folder / _name(step), folder / f"partial-{_name(step)}"
+        self.files: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def removed_if_it_fails(self) -> Iterator[None]:
+        """Inside, a CheckpointError leaves nothing."""
+        try:
+            yield
+        except CheckpointError:
+            if self.ranks.first:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+
+    def together(self, what: str, work: Callable[[], Any]) -> list[Any]:
+        """Every rank's result of `work`. Raises: CheckpointError on all ranks when it failed on one."""
+        try:
+            outcome: tuple[Any, str | None] = work(), None
+        except Exception as error:  # whatever it is, the other ranks wait for this one's vote
+            outcome = None, f"{type(error).__name__}: {error}"
+        outcomes = self.ranks.gather(outcome)
+        if failed := [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]:
+            raise CheckpointError(
+                f"checkpoint: {what} of step {self.step} failed, the one before is untouched; {'; '.join(failed)}"
+            )
+        return [result for result, _ in outcomes]
+
+    def take(self, what: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Note the files that `work` wrote on every rank."""
+        for written in self.together(what, work):
+            self.files |= written
+
+    def begin(self) -> None:
+        """Make it, and drop what earlier saves left half done."""
+
+        def make() -> None:
+            if self.ranks.first:
+                for left in self.folder.glob("partial-*"):
+                    shutil.rmtree(left)
+                self.partial.mkdir(parents=True)
+
+        self.together("making the folder", make)
+
+    def hashed(self, name: str) -> dict[str, Any]:
+        """A written file's facts, once it is on the disk."""
+        file = self.partial / name
+        sync(file)
+        return {name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}
+
+    def write(self, kind: str, part: int, share: dict[str, Tensor]) -> dict[str, Any]:
+        """One of this rank's files."""
+        if not share:
+            return {}
+        name = f"{kind}-{part:03d}-{self.ranks.rank:05d}-of-{self.ranks.world:05d}.safetensors"
+        save_file(share, self.partial / name)
+        (self.partial / name).chmod(self.partial.stat().st_mode & 0o666)  # safetensors lets its owner alone read it
+        return self.hashed(name)
+
+    def write_facts(self, facts: str) -> dict[str, Any]:
+        """The first rank's STATE."""
+        if not self.ranks.first:
+            return {}
+        replace_text(self.partial / STATE, facts)
+        return self.hashed(STATE)
+
+    def finish(self) -> Path:
+        """Give it its name, point LATEST at it, drop the old ones."""
+
+        def rename() -> None:
+            if not self.ranks.first:
+                return
+            manifest = {"step": self.step, "files": self.files}
+            replace_text(self.partial / MANIFEST, json.dumps(manifest, indent=1))
+            sync(self.partial)
+            shutil.rmtree(self.final, ignore_errors=True)  # a broken one that was passed over
+            self.partial.rename(self.final)
+            sync(self.folder)
+            replace_text(self.folder / LATEST, self.final.name + "\n")
+            for old in [p for p in sorted(self.folder.glob("step-*")) if p.name <= self.final.name][: -self.keep]:
+                if not self.keep_every or int(old.name.removeprefix("step-")) % self.keep_every:
+                    try:
+                        shutil.rmtree(old)
+                    except OSError as error:  # a reader on a network disk holds it open: the new one is whole
+                        print(f"checkpoint {old.name} cannot be deleted: {error}", file=sys.stderr, flush=True)
+
+        self.together("finishing", rename)
+        return self.final
 
 
 def save(
@@ -118,82 +227,65 @@ def save(
 
     Raises: CheckpointError on all ranks when one could not write; no other checkpoint has changed then.
     """
-    final, partial = folder / _name(step), folder / f"partial-{_name(step)}"
-    state = FullState(engine)
-    owner = owners(state, ranks.world)
-    mine = {name for name, rank in owner.items() if rank == ranks.rank}
+    to = _Folder(folder, step, ranks, keep, keep_every)
+    with to.removed_if_it_fails(), contextlib.closing(_shares(engine, ema, ranks)) as shares:
+        to.begin()
+        for kind, part, share in shares:
+            to.take("writing", bound(to.write, kind, part, share))
+            del share
+        to.take("writing", bound(to.write_facts, _facts(step, engine, ema, ranks, extra)))
+        return to.finish()
 
-    def prepare() -> None:
-        if ranks.first:
-            for left in folder.glob("partial-*"):
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
 
-    def hashed(name: str) -> dict[str, Any]:
-        file = partial / name
-        sync(file)
-        return {name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}
+class BackgroundSave:
+    """`save`, whose files a thread writes from a copy in memory while training goes on.
 
-    def write(share: dict[str, Tensor], kind: str, part: int) -> dict[str, Any]:
-        if not share:
-            return {}
-        name = f"{kind}-{part:03d}-{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
-        save_file(share, partial / name)
-        (partial / name).chmod(partial.stat().st_mode & 0o666)  # safetensors leaves it readable by its owner alone
-        return hashed(name)
+    The checkpoint is there once `finish` returns; until then the one before it is the newest. Collective calls, both.
 
-    def write_facts() -> dict[str, Any]:
-        if not ranks.first:
-            return {}
-        facts = {
-            **extra,
-            "step": step,
-            "world": ranks.world,
-            "zero": engine.zero_optimization_stage(),
-            "dtype": str(next(iter(state.parameters.values())).dtype).removeprefix("torch."),
-            "model": {k: v for k, v in engine.module.config.items() if not k.startswith("_")},
-            "adam_step": state.adam_step,
-            "ema_steps": ema.steps,
-            "schedule_step": engine.lr_scheduler.last_epoch,
-            "versions": {package: version(package) for package in VERSIONS},
-        }
-        replace_text(partial / STATE, json.dumps(facts, indent=1))
-        return hashed(STATE)
+    Raises: CheckpointError on all ranks when one cannot make the folder.
+    """
 
-    def finish() -> None:
-        if not ranks.first:
-            return
-        manifest = {"step": step, "files": files}
-        replace_text(partial / MANIFEST, json.dumps(manifest, indent=1))
-        sync(partial)
-        shutil.rmtree(final, ignore_errors=True)  # a broken one that was passed over
-        partial.rename(final)
-        sync(folder)
-        replace_text(folder / LATEST, final.name + "\n")
-        for old in [p for p in sorted(folder.glob("step-*")) if p.name <= final.name][:-keep]:
-            if not keep_every or int(old.name.removeprefix("step-")) % keep_every:
-                try:
-                    shutil.rmtree(old)
-                except OSError as error:  # a reader on a network disk holds it open: the new one is whole all the same
-                    print(f"checkpoint {old.name} cannot be deleted: {error}", file=sys.stderr, flush=True)
+    def __init__(
+        self, folder: Path, step: int, engine: deepspeed.DeepSpeedEngine, ema: Ema, ranks: Ranks, extra: dict[str, Any],
+        keep: int, keep_every: int = 0,
+    ) -> None:  # fmt: skip
+        self.step = step
+        self._to = _Folder(folder, step, ranks, keep, keep_every)
+        with self._to.removed_if_it_fails():
+            self._to.begin()
+        shares, facts = list(_shares(engine, ema, ranks)), _facts(step, engine, ema, ranks, extra)
+        self._written: dict[str, Any] = {}
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._write, args=(shares, facts), name="checkpoint", daemon=True)
+        self._thread.start()
 
-    files: dict[str, Any] = {}
-    try:
-        _together(ranks, f"making {partial}", prepare)
-        for kind in KINDS:
-            with ema.in_place_of_masters() if kind == "ema" else contextlib.nullcontext():
-                for part, names in enumerate(rounds(state, owner)):
-                    work = bound(write, _share(state, names, kind, mine), kind, part)
-                    for written in _together(ranks, f"writing {partial}", work):
-                        files |= written
-                    del work  # and its tensors, before the next are gathered
-        files |= _together(ranks, f"writing {partial}", write_facts)[0]
-        _together(ranks, f"finishing {final}", finish)
-    except CheckpointError:
-        if ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+    def _write(self, shares: list[tuple[str, int, dict[str, Tensor]]], facts: str) -> None:
+        try:
+            while shares:
+                self._written |= self._to.write(*shares.pop(0))
+            self._written |= self._to.write_facts(facts)
+        except Exception as error:
+            self._failed = error
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank still writes."""
+        return self._thread.is_alive()
+
+    def _result(self) -> dict[str, Any]:
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+        return self._written
+
+    def finish(self) -> Path:
+        """Wait for the files and make the checkpoint whole. A collective call.
+
+        Raises: CheckpointError on all ranks when one could not write; no other checkpoint has changed then.
+        """
+        with self._to.removed_if_it_fails():
+            self._to.take("writing", self._result)
+            return self._to.finish()
 
 
 def fault(path: Path, rank: int = 0, world: int = 1) -> str | None:

@@ -195,6 +195,9 @@ class Config:
         compile: torch.compile the blocks; auto: on a GPU.
         log_every: steps between progress lines.
         checkpoint_every: steps between checkpoints; there is always one at the end.
+        async_save: checkpoints are written by a thread, from a copy in the CPU's memory (16 bytes a parameter, shared
+            out over the ranks), while training goes on; until one is whole the one before it is the newest. The last
+            one, and the one on a signal, are waited for.
         keep_checkpoints: how many of the newest are kept.
         keep_every: checkpoints at multiples of this many steps are kept for good; 0 for none.
         export: write a diffusers pipeline folder at the end.
@@ -222,6 +225,7 @@ class Config:
     compile: Literal["auto", "true", "false"] = "auto"
     log_every: int = 50
     checkpoint_every: int = 5000
+    async_save: bool = False
     keep_checkpoints: int = 3
     keep_every: int = 0
     export: bool = True

@@ -1,7 +1,8 @@
 """What keeps a run from harm: steps that are not finite, losses that jump, signals, steps that never end.
 
 `Guard.verdict` is the one collective of a step: it tells all ranks alike whether some rank's loss or gradient is not
-finite (DeepSpeed itself looks at few combinations of type and ZeRO stage), and whether some rank was told to stop.
+finite (DeepSpeed itself looks at few combinations of type and ZeRO stage), whether some rank was told to stop, and
+whether some rank is still writing a checkpoint.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ class NonFiniteSteps(RuntimeError):
 class Guard:
     """Watches loss and gradients of one engine, and the signals of this process. Make one a run.
 
-    skipped: steps that changed nothing, so far. stopping: a rank was told to stop.
+    skipped: steps that changed nothing, so far. stopping: a rank was told to stop. saving: set before a step to
+    whether this rank still writes a checkpoint, after it whether any rank does.
     """
 
     def __init__(self, config: GuardConfig, engine: deepspeed.DeepSpeedEngine, ranks: Ranks) -> None:
         self.config, self.ranks, self.engine = config, ranks, engine
-        self.skipped, self.in_a_row, self.stopping = 0, 0, False
+        self.skipped, self.in_a_row, self.stopping, self.saving = 0, 0, False, False
         self._odd = torch.zeros((), device=ranks.device)  # 0 as long as all is finite, then NaN
         self._losses: deque[float] = deque(maxlen=100)
         self._asked = False
@@ -75,12 +77,14 @@ class Guard:
 
         Raises: NonFiniteSteps after guard.max_skipped steps in a row.
         """
-        votes = torch.stack([(~torch.isfinite(self._odd)).float(), torch.full_like(self._odd, float(self._asked))])
+        said = torch.tensor([self._asked, self.saving], dtype=torch.float32, device=self._odd.device)
+        votes = torch.cat([(~torch.isfinite(self._odd)).float()[None], said])
         self._odd.zero_()
         if self.ranks.world > 1:
             torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
-        odd, asked = votes.tolist()
+        odd, asked, saving = votes.tolist()
         self.stopping = self.stopping or bool(asked)
+        self.saving = bool(saving)
         if not odd:
             self.in_a_row = 0
             return True

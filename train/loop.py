@@ -22,7 +22,7 @@ from train.data import lost_worker
 from train.distributed import Ranks, peak_flops, start
 from train.draws import draw
 from train.evaluate import Evaluator, fusion_row, score_table
-from train.guards import PREEMPTED, Guard, Watchdog, skip_step
+from train.guards import PREEMPTED, Guard, NonFiniteSteps, Watchdog, skip_step
 from train.latents import latent_shape, to_latents
 from train.pictures import loss_curve, sample_grid
 from train.runlog import PARTS, Clock, RunLog
@@ -153,9 +153,23 @@ def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
     since, window, began, trained = step, [], time.perf_counter(), step
     spent = dict.fromkeys(PARTS, 0.0)
     seconds, paused = 0.0, 0.0  # of training; of validations and checkpoints since `began`
+    saving: checkpoint.BackgroundSave | None = None
+
+    def finish_saving() -> None:
+        nonlocal saving
+        if saving is not None:
+            watchdog.at("checkpoint")
+            log.say(f"step {saving.step}  checkpoint {saving.finish()}")
+            saving = None
+
     while step < target and not guard.stopping:
         watchdog.at("data", step + 1)
-        taken = training_step(parts, step, batches, clock, guard)
+        guard.saving = saving is not None and saving.busy
+        try:
+            taken = training_step(parts, step, batches, clock, guard)
+        except NonFiniteSteps:  # on all ranks: what they were writing can still become whole
+            finish_saving()
+            raise
         step += 1
         window.append(taken)
         watch(log, step, taken, guard)
@@ -181,13 +195,18 @@ def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
             if ranks.first and not at_end:
                 draw_grid(evaluator, model, folder / "samples" / f"step-{step:07d}.png", log, step)
             ranks.barrier()
-        if step % config.checkpoint_every == 0 or at_end:
+        save_now = step % config.checkpoint_every == 0 or at_end
+        if save_now or not guard.saving:
+            finish_saving()
+        if save_now:
             watchdog.at("checkpoint")
             extra = {"config": asdict(config), "loader": parts.loader.state_dict(), "first": first_losses}
-            path = checkpoint.save(
-                checkpoints, step, parts.engine, parts.ema, ranks, extra, config.keep_checkpoints, config.keep_every
-            )
-            log.say(f"step {step}  checkpoint {path}")
+            what = (checkpoints, step, parts.engine, parts.ema, ranks, extra)
+            if config.async_save and not at_end:
+                saving = checkpoint.BackgroundSave(*what, config.keep_checkpoints, config.keep_every)
+            else:
+                path = checkpoint.save(*what, config.keep_checkpoints, config.keep_every)
+                log.say(f"step {step}  checkpoint {path}")
         paused += time.perf_counter() - pause
     watchdog.at("")
     if guard.stopping:

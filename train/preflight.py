@@ -90,7 +90,8 @@ def check(
     dit: the model on the meta device. factor: pixels to a latent's pixel. frozen: bytes of the LLM and the VAE, which
     are there already. parts: of the training split. moments: they are trained on.
 
-    Raises: ConfigError when the batch does not divide over the ranks, or weights and optimiser do not fit.
+    Raises: ConfigError when the batch does not divide over the ranks, or weights and optimiser do not fit, or the copy
+    that async_save writes from.
     """
     parameters = parameter_count(dit)
     micro = config.micro_batch_size or config.batch_size // ranks.world
@@ -100,12 +101,13 @@ def check(
             f"{config.micro_batch_size or 'at least 1'}, got {config.batch_size}"
         )
     device = ranks.device
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ["LOCAL_WORLD_SIZE"])
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)} x {ranks.world}"
         room = torch.cuda.get_device_properties(device).total_memory
     else:
         where = f"CPU, {torch.get_num_threads()} threads x {ranks.world} ranks"
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ["LOCAL_WORLD_SIZE"])
+        room = host
     need = training_bytes(parameters, config.zero, ranks.world, dtype == torch.bfloat16) + frozen
     unit = factor * dit.config.patch_size
     tokens = micro * max(width // unit * (height // unit) for width, height in sizes(parts))
@@ -115,6 +117,12 @@ def check(
             f"model: {parameters:,} parameters need {need / GIB:.0f} GiB of weights and optimiser on each of "
             f"{ranks.world} ranks at ZeRO stage {config.zero}, of {room / GIB:.0f} GiB; take a higher --zero, more "
             "ranks, or a smaller model"
+        )
+    copy = 16 * parameters / ranks.world if config.async_save else 0
+    if copy > (left := host - need if device.type == "cpu" else host):
+        raise ConfigError(
+            f"async_save: {copy / GIB:.1f} GiB of memory for the copy of a rank's share do not fit in {left / GIB:.1f} "
+            "GiB; leave it off"
         )
     config.folder.mkdir(parents=True, exist_ok=True)
     disk = shutil.disk_usage(config.folder).free
@@ -127,7 +135,7 @@ def check(
         f"model      {config.strategy}, {parameters:,} parameters; {text}",
         f"backends   {backends_line(device, dtype)}",
         f"memory     {need / GIB:.1f} GiB of weights, LLM and optimiser a rank, about {activations / GIB:.1f} GiB of "
-        f"activations, of {room / GIB:.0f} GiB",
+        f"activations, of {room / GIB:.0f} GiB" + (f"; {copy / GIB:.1f} GiB of the CPU's to save from" if copy else ""),
         f"data       {shards_line(config.data, parts, moments, config.batch_size)}",
         f"room       {disk / GIB:.0f} GiB on disk for {config.keep_checkpoints} checkpoints, "
         f"{shm / GIB:.1f} GiB of shared memory",

@@ -20,32 +20,39 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}  #
 
 
 def in_save(step, before, after=lambda: None):
-    """Call `before()` as the saving of `step` begins, and `after()` when it has ended."""
+    """Call `before()` whenever the saving of `step` takes over the main thread, and `after()` when it lets it go: once,
+    or with --async_save at its beginning and at its end."""
     from train import checkpoint
 
-    true = checkpoint.save
+    def watch(true, at):
+        def call(*arguments):
+            if at(arguments) != step:
+                return true(*arguments)
+            before()
+            try:
+                return true(*arguments)
+            finally:
+                after()
 
-    def save(folder, at, *arguments):
-        if at != step:
-            return true(folder, at, *arguments)
-        before()
-        try:
-            return true(folder, at, *arguments)
-        finally:
-            after()
+        return call
 
-    checkpoint.save = save
+    background = checkpoint.BackgroundSave
+    checkpoint.save = watch(checkpoint.save, lambda arguments: arguments[1])  # folder, step
+    background.__init__ = watch(background.__init__, lambda arguments: arguments[2])
+    background.finish = watch(background.finish, lambda arguments: arguments[0].step)
 
 
 def at_file_operation(step, number, act):
     """Call `act()` right before the number-th operation (from 1) on files that the saving of `step` makes.
 
-    Counted are changes, and the first opening of every file: between them lie the writing and flushing of one file.
+    Counted are changes, and the first opening of every file: between them lie the writing and flushing of one file; by
+    the main thread, or the one that writes with --async_save, where `step` is the first that is saved.
     """
     active, seen, opened = [], [0], set()
 
     def hook(event, arguments):
-        if not active or threading.current_thread() is not threading.main_thread():
+        thread = threading.current_thread()
+        if thread.name != "checkpoint" and not (active and thread is threading.main_thread()):
             return
         if event not in CHANGES:
             if event != "open" or not isinstance(arguments[0], str) or arguments[0] in opened:

@@ -73,14 +73,18 @@ def check_and_continue(folder, whole, forks, ranks):
     return found.name
 
 
-@pytest.mark.parametrize(("ranks", "victim"), [(1, 0), (2, 0), (2, 1)])
-def test_killed_before_any_operation_on_files_of_a_save(forks, whole, stopped, ranks, victim):
+@pytest.mark.parametrize(
+    ("ranks", "victim", "background"),
+    [(1, 0, False), (2, 0, False), (2, 1, False), (1, 0, True), (2, 0, True), (2, 1, True)],
+)
+def test_killed_before_any_operation_on_files_of_a_save(forks, whole, stopped, ranks, victim, background):
     """kill -9 before the first, second, third ... change to files in one save, up to the last deletion of old ones."""
+    flags = (*COMMON, "--keep_checkpoints=1", f"--async_save={str(background).lower()}")
     found = []
-    for number in range(1, OPERATIONS, 1 if ranks == 1 else 4):
+    for number in range(1, OPERATIONS, 6 if background else 4 if ranks == 2 else 1):
         folder = stopped(ranks, f"run-{number}")
         fault = {victim: [("kill_at_file_operation", {"step": 4, "number": number})]}
-        codes, output = forks(folder, *COMMON, "--keep_checkpoints=1", ranks=ranks, faults=fault)
+        codes, output = forks(folder, *flags, ranks=ranks, faults=fault)
         if codes == [0] * ranks:
             break  # a save makes fewer operations
         assert codes[victim] == -signal.SIGKILL, output
@@ -148,20 +152,23 @@ def test_no_rank_starts_anew_when_none_is_whole(forks, whole, tmp_path):
     assert output.count("is passed over: ") == 3
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_full_disk_fails_the_save_on_all_ranks_and_harms_nothing(start, tiny_flags, whole, small_disk, ranks):
+@pytest.mark.parametrize(("ranks", "stop", "background"), [(1, 6, "false"), (2, 6, "false"), (2, 7, "true")])
+def test_a_full_disk_fails_the_save_on_all_ranks_and_harms_nothing(
+    start, tiny_flags, whole, small_disk, ranks, stop, background
+):
     disk = small_disk(7)  # two checkpoints of 2.6 MB and half a third
     flags = [*tiny_flags, *COMMON, "--keep_checkpoints=9", f"--out={disk / 'run'}"]
-    command = [sys.executable, "train/run.py", *flags]
+    command = [sys.executable, "train/run.py", *flags, f"--async_save={background}"]
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
 
-    def run_all():
+    def run_all(stop):
         """Not through the launcher: it would end what hangs."""
         own = {**shared, "MASTER_PORT": str(free_port())}
-        runs = [start(command, disk / "run", {**own, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
+        words = [*command, f"--stop_at={stop}"]
+        runs = [start(words, disk / "run", {**own, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)]
         return [run.wait() for run in runs], "".join(run.output for run in runs)
 
-    codes, output = run_all()
+    codes, output = run_all(stop)  # 7: the save of step 6 is not the last one, which is always waited for
     assert codes == [1] * ranks, output
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -174,7 +181,7 @@ def test_a_full_disk_fails_the_save_on_all_ranks_and_harms_nothing(start, tiny_f
         assert checkpoint.fault(folder / name) is None
         assert same_state(folder / name, whole(ranks) / "checkpoints" / name)
     shutil.rmtree(folder / "step-0000002")  # room
-    codes, output = run_all()
+    codes, output = run_all(6)
     assert codes == [0] * ranks, output
     assert losses(disk / "run") == losses(whole(ranks))
 

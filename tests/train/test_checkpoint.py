@@ -1,7 +1,9 @@
 """What makes a checkpoint whole, which one is found, and that any stage continues from any other's."""
 
 import json
+import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.test_run import losses
-from train import checkpoint
+from train import checkpoint, loop, preflight
 from train.config import ConfigError
 from train.distributed import Ranks
 from train.run import main
@@ -124,6 +126,93 @@ def test_a_failed_write_leaves_the_one_before_and_no_partial_folder(folder, tiny
     assert "the one before is untouched; rank 0: OSError: [Errno 28] No space left" in capsys.readouterr().err
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-0000002", "step-0000004"]
     assert checkpoint.find(folder, ALONE).name == "step-0000004"
+
+
+@pytest.fixture
+def held_up(monkeypatch):
+    """A function (steps): what a background save writes waits until one of these steps (from 1) begins."""
+
+    def hold(*steps):
+        go, write, train = threading.Event(), checkpoint.save_file, loop.training_step
+
+        def save_file(*arguments):
+            if threading.current_thread() is not threading.main_thread():
+                go.wait()
+            write(*arguments)
+
+        def training_step(parts, step, *arguments):
+            if step + 1 in steps:
+                go.set()
+            else:
+                go.clear()
+            return train(parts, step, *arguments)
+
+        monkeypatch.setattr(checkpoint, "save_file", save_file)
+        monkeypatch.setattr(loop, "training_step", training_step)
+
+    return hold
+
+
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_a_background_save_is_of_its_step_whatever_is_trained_meanwhile(train, held_up, zero, capsys):
+    flags = ("--strategy=s3", "--optim.lr=0.01", "--steps=6", "--checkpoint_every=3", "--keep_checkpoints=9")
+    waited = train("waited", *flags, f"--zero={zero}") / "checkpoints"
+    held_up(5, 6)  # two steps after that of the first checkpoint
+    capsys.readouterr()
+    background = train("background", *flags, f"--zero={zero}", "--async_save=true") / "checkpoints"
+    said = capsys.readouterr().err
+    assert said.index("step 4/6") < said.index(f"step 3  checkpoint {background / 'step-0000003'}")
+    assert said.index(f"step 3  checkpoint {background / 'step-0000003'}") < said.index("step 6  checkpoint")
+    assert sorted(p.name for p in background.iterdir()) == ["latest", "step-0000003", "step-0000006"]
+    for step in ("step-0000003", "step-0000006"):
+        assert checkpoint.fault(background / step) is None
+        for kind in checkpoint.KINDS:
+            one, other = (checkpoint.read_tensors(folder / step, kind) for folder in (waited, background))
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        facts = [json.loads((folder / step / "state.json").read_text()) for folder in (waited, background)]
+        assert [facts[1].pop("config")["async_save"], facts[0].pop("config")["async_save"]] == [True, False]
+        assert facts[0] == facts[1]
+
+
+def test_what_is_being_saved_is_kept_when_a_run_gives_up(tiny_flags, tmp_path, held_up, monkeypatch, capsys):
+    held_up(6)  # the step that gives up: the save was busy as it began
+    true, count = loop.velocity, [0]
+
+    def velocity(data, noise):
+        count[0] += 1
+        return true(data, noise) * (float("nan") if count[0] > 3 else 1.0)
+
+    monkeypatch.setattr(loop, "velocity", velocity)
+    flags = ["--steps=9", "--checkpoint_every=3", "--guard.max_skipped=3", "--async_save=true", "--strategy=s3"]
+    assert main([*tiny_flags, f"--out={tmp_path / 'run'}", *flags]) == 1
+    assert "not finite in 3 steps in a row" in capsys.readouterr().err
+    assert checkpoint.find(tmp_path / "run" / "checkpoints", ALONE).name == "step-0000003"
+
+
+def test_a_background_save_that_fails_leaves_the_one_before(folder, tiny_flags, monkeypatch, capsys):
+    write = checkpoint.save_file
+
+    def full(*arguments):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    flags = ["--steps=9", "--checkpoint_every=6", "--zero=1", "--strategy=s3", "--optim.lr=0.01", "--async_save=true"]
+    assert main([*tiny_flags, f"--out={folder.parent}", *flags]) == 1
+    error = "error: checkpoint: writing of step 6 failed, the one before is untouched; rank 0: OSError: [Errno 28]"
+    assert error in capsys.readouterr().err
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-0000002", "step-0000004"]
+    assert checkpoint.find(folder, ALONE).name == "step-0000004"
+
+
+def test_a_copy_to_save_from_that_does_not_fit_is_refused(tiny_flags, tmp_path, monkeypatch, capsys):
+    true = os.sysconf
+    monkeypatch.setattr(preflight.os, "sysconf", lambda name: 1100 if name == "SC_PHYS_PAGES" else true(name))
+    assert main([*tiny_flags, f"--out={tmp_path / 'run'}", "--steps=1", "--async_save=true"]) == 2
+    assert "error: async_save: 0.0 GiB of memory for the copy" in capsys.readouterr().err
+    assert main([*tiny_flags, f"--out={tmp_path / 'run'}", "--steps=1"]) == 0
 
 
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
