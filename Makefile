@@ -4,8 +4,8 @@ STRATEGY ?= s3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# constraints.txt was resolved on Python 3.11; some of its exact versions do not exist for 3.10.
-CONSTRAINTS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' if sys.version_info >= (3, 11) else '')")
+# Some exact versions of constraints.txt do not exist for Python 3.10, and pip does not find others in any sensible time.
+CONSTRAINTS := -c $(shell $(PYTHON) -c "import sys; print('constraints' + '-3.10' * (sys.version_info < (3, 11)))").txt
 
 .PHONY: help install demo test faults bench gpu lint
 
@@ -17,7 +17,7 @@ help:
 	@echo "make gpu    on an H100 or H200: the GPU's value tests, then every benchmark"
 	@echo "make lint   ruff (lint and format) and mypy"
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt constraints-3.10.txt
 	@test -x $(BIN)/python || { echo "Creating $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing into $(VENV) (several GB the first time) ..."
 	$(BIN)/python -m pip install -q $(CONSTRAINTS) -e ".[dev,logging,prepare]"
