@@ -109,7 +109,7 @@ def measure(folder: Path, hidden: int, rounds: int, ranks: Ranks) -> dict[str, A
     engine = build_engine(model, config, ranks.world, bf16=False)
     ema, rows = Ema(engine, 0.999), []
     FullState(engine).link()
-    state_bytes = 16 * sum(p.numel() for p in model.parameters())
+    state_bytes = checkpoint.PARAMETER_BYTES * sum(p.numel() for p in model.parameters())
     for step in tqdm(range(1, rounds + 2), desc="saving and loading", unit="round", disable=not ranks.first):
         freed(folder, 2 * state_bytes)
         spent, began = Spent(), time.perf_counter()
@@ -153,7 +153,7 @@ def demo_share(hash_seconds_per_gb: float) -> dict[str, Any] | None:
         return None
     demo = json.loads(path.read_text())
     parameters = sum(p.numel() for p in build("s3", "demo", device="meta", text_dim=576, text_layers=30).parameters())
-    size, checkpoints = 16 * parameters, 2  # four fp32 numbers a parameter
+    size, checkpoints = checkpoint.PARAMETER_BYTES * parameters, 2
     seconds = checkpoints * size / 1e9 * hash_seconds_per_gb
     return {
         "bytes": size,

@@ -36,6 +36,7 @@ from train.engine import Ema, FullState
 
 LATEST, MANIFEST, STATE = "latest", "manifest.json", "state.json"
 KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+PARAMETER_BYTES = 4 * len(KINDS)  # of all ranks' files, for each parameter
 PART_BYTES = 2 << 30  # of one rank's file
 VERSIONS = ("torch", "deepspeed", "mosaicml-streaming", "transformers", "diffusers", "safetensors")
 

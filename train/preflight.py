@@ -16,6 +16,7 @@ from sr_kernels.routing import backend_for as routing_backend
 from sr_kernels.routing import native
 from sr_model import DiT, FuseDiT
 from sr_model.build import parameter_count
+from train.checkpoint import PARAMETER_BYTES
 from train.config import Config, ConfigError, DataConfig
 from train.data import Part, sizes
 from train.distributed import Ranks
@@ -118,7 +119,7 @@ def check(
             f"{ranks.world} ranks at ZeRO stage {config.zero}, of {room / GIB:.0f} GiB; take a higher --zero, more "
             "ranks, or a smaller model"
         )
-    copy = 16 * parameters / ranks.world if config.async_save else 0
+    copy = PARAMETER_BYTES * parameters / ranks.world if config.async_save else 0
     if copy > (left := host - need if device.type == "cpu" else host):
         raise ConfigError(
             f"async_save: {copy / GIB:.1f} GiB of memory for the copy of a rank's share do not fit in {left / GIB:.1f} "

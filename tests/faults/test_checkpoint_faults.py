@@ -78,7 +78,8 @@ def check_and_continue(folder, whole, forks, ranks):
     [(1, 0, False), (2, 0, False), (2, 1, False), (1, 0, True), (2, 0, True), (2, 1, True)],
 )
 def test_killed_before_any_operation_on_files_of_a_save(forks, whole, stopped, ranks, victim, background):
-    """kill -9 before the first, second, third ... change to files in one save, up to the last deletion of old ones."""
+    """kill -9 before a change to files in one save, up to the last deletion of old ones: before each of them with one
+    rank, every fourth with two, every sixth in the background."""
     flags = (*COMMON, "--keep_checkpoints=1", f"--async_save={str(background).lower()}")
     found = []
     for number in range(1, OPERATIONS, 6 if background else 4 if ranks == 2 else 1):
