@@ -36,7 +36,7 @@ def _parser() -> ArgumentParser:
         description="Train a diffusion transformer conditioned on every layer of a frozen LLM. With no flag but "
         f"--strategy it runs the embedded demo. Presets: {', '.join(presets())}.",
         epilog="Exit codes: 0 finished, 1 failed, 2 a setting cannot be used, 70 a rank stalled, 75 stopped by SIGTERM "
-        "or SIGUSR1 with a checkpoint (start the same command again to continue).",
+        "or SIGUSR1 with a checkpoint (start the same command again to continue), 130 interrupted without one.",
     )
     parser.add_argument("--config", action="config", help="a YAML file of settings, such as a run's config.yaml")
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")

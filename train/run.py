@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 if not __package__:  # run as a script: the folder of this file comes first on the path, the packages stand one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -45,5 +48,25 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def leave(code: int) -> NoReturn:
+    """End the process: exit hooks and output first, but without taking the interpreter down.
+
+    PyTorch aborts when that stops a thread which frees a tensor, and one may still fetch a shard.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)

@@ -48,6 +48,17 @@ def test_a_launched_run_told_to_stop_ends_with_a_checkpoint(launch):
     continues(launch, run.folder, *flags)
 
 
+def test_an_interrupted_run_ends_at_once_in_one_line(launch):
+    """Ctrl-C reaches the whole process group, the loader processes too."""
+    run = launch("run", ENDLESS, "--data.workers=2")
+    run.at_step(2)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.wait(STOP) == 130
+    assert "interrupted" in run.output.splitlines()[-1]
+    assert "Traceback" not in run.output, run.output
+    assert run.orphans() == []
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_others_without_a_launcher(launch_ranks, victim):
     """Across nodes no launcher sees the death: the collective itself must fail, not wait."""

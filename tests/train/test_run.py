@@ -191,3 +191,22 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_made(tiny_flags, tmp_pa
         r"error: model: [\d,]+ parameters need \d+ GiB of weights and optimiser on each of 1 ranks", message
     )
     assert "take a higher --zero" in message
+
+
+def test_the_process_ends_with_its_code_whatever_its_threads_do():
+    """PyTorch aborts the process where the interpreter, at its end, stops a thread that frees a tensor."""
+    program = """
+import atexit, threading, torch
+from train.run import leave
+def work():
+    while True:
+        torch.ones(64) + 1
+        begun.set()
+begun = threading.Event()
+atexit.register(print, "left")
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+leave(3)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "left\n"), done.stderr

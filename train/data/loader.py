@@ -28,7 +28,7 @@ Batch = tuple[Tensor, list[tuple[str, ...]]]  # images or moments, and each samp
 
 def _outlive_signals(worker: int) -> None:
     """A signal to the whole process group is the trainer's to answer: it still needs its workers for a step."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to wait for its siblings when the trainer is dead
 
