@@ -147,8 +147,12 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
     moments = moments_shape([*data["train"], *data["val"]], codec)
     encoder = load_encoder(config, ranks, dtype)
     sizes |= {"in_channels": codec.channels, **llm_sizes(config, encoder)}
+
+    def new_model(device: str) -> DiT | FuseDiT:
+        return build(config.strategy, config.model.size, device, **sizes)
+
     try:
-        shape = build(config.strategy, config.model.size, device="meta", **sizes)
+        shape = new_model("meta")
     except ValueError as error:
         raise ConfigError(f"model.{error}") from None
     encoder.read(**shape.reads(encoder.num_layers))
@@ -160,11 +164,8 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
     ):  # fmt: skip
         say(line)
 
-    def new_model() -> DiT | FuseDiT:
-        torch.manual_seed(config.seed)
-        return build(config.strategy, config.model.size, **sizes)
-
-    model = new_model().to(ranks.device)
+    torch.manual_seed(config.seed)
+    model = new_model("cpu").to(ranks.device)
     model.enable_gradient_checkpointing(config.gradient_checkpointing)
     engine = build_engine(model, config, ranks.world, dtype == torch.bfloat16)
     ema = Ema(engine, config.optim.ema)

@@ -188,10 +188,15 @@ class FullState:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def full_master_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """fp32 master weights by parameter name, whole, on the CPU of every rank. A collective call."""
+def full_master_state(
+    engine: deepspeed.DeepSpeedEngine, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Copies of the master weights by parameter name, whole, on `device` of every rank. A collective call.
+
+    Each is cast as it is gathered: no more than one is there in fp32 beside what is returned.
+    """
     state = FullState(engine)
-    return {name: state.get(name).detach().float().cpu().clone() for name in state.names}
+    return {name: state.get(name).detach().to(device, dtype, copy=True) for name in state.names}
 
 
 class Ema:
@@ -227,10 +232,10 @@ class Ema:
                 b.copy_(kept)
 
     @torch.no_grad()
-    def full_state(self) -> dict[str, Tensor]:
-        """The averaged weights by parameter name, whole, on the CPU of every rank. A collective call."""
+    def full_state(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The averaged weights, as `full_master_state` gives the masters. A collective call."""
         with self.in_place_of_masters():
-            return full_master_state(self.engine)
+            return full_master_state(self.engine, device, dtype)
 
     @torch.no_grad()
     def take_masters(self, steps: int) -> None:

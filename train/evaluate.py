@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from torch import Tensor
 
 from sr_model import DiT, SemanticRoutingPipeline, TextEncoder
 from sr_model.codec import PixelCodec, VaeCodec
@@ -24,6 +23,7 @@ from train.config import Config, ConfigError
 from train.data import PROMPTS, Part, read_split, root
 from train.distributed import Ranks
 from train.draws import draw
+from train.engine import Ema
 from train.latents import to_latents
 from train.shapes.scene import Scene
 from train.shapes.scorer import score_batch
@@ -100,7 +100,7 @@ class Evaluator:
         self,
         config: Config,
         ranks: Ranks,
-        new_model: Callable[[], DiT],
+        new_model: Callable[[str], DiT],
         dtype: torch.dtype,
         encoder: TextEncoder,
         codec: PixelCodec | VaeCodec,
@@ -116,11 +116,11 @@ class Evaluator:
         self.captions = chosen.captions([captions for _, captions in samples], list(weights.values()))
         self.prompts = find_prompts(config, self.captions)
 
-    def model(self, state: dict[str, Tensor]) -> DiT:
-        """A model with these weights on the device, in the run's dtype."""
-        model = self.new_model()
-        model.load_state_dict(state)
-        return torch.nn.Module.to(model, self.ranks.device, self.dtype).eval()  # ModelMixin.to warns without a reason
+    def model(self, ema: Ema) -> DiT:
+        """A model with the averaged weights on the device, in the run's dtype. A collective call."""
+        model = self.new_model("meta")
+        model.load_state_dict(ema.full_state(self.ranks.device, self.dtype), assign=True)
+        return model.eval()
 
     @torch.no_grad()
     def validate(self, model: DiT) -> dict[str, float]:

@@ -146,7 +146,7 @@ def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
     clock = Clock(ranks.device, watchdog.at)
     batches = iter(parts.loader)
     if step == 0:
-        losses = evaluator.validate(evaluator.model(parts.ema.full_state()))
+        losses = evaluator.validate(evaluator.model(parts.ema))
         first_losses = {"val_loss": losses["val_loss"]}
         log.write({"step": 0, **losses})
         log.say(f"step 0     validation loss {losses['val_loss']:.4f}")
@@ -188,12 +188,13 @@ def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
         at_end, pause = step == target, time.perf_counter()
         if ((config.eval.every and step % config.eval.every == 0) or at_end) and not guard.stopping:
             watchdog.at("")
-            model = evaluator.model(parts.ema.full_state())
+            model = evaluator.model(parts.ema)
             losses = evaluator.validate(model)
             log.write({"step": step, **losses, **fusion_row(model)})
             log.say(f"step {step}  validation loss {losses['val_loss']:.4f} (with averaged weights)")
             if ranks.first and not at_end:
                 draw_grid(evaluator, model, folder / "samples" / f"step-{step:07d}.png", log, step)
+            del model  # training needs its memory
             ranks.barrier()
         save_now = step % config.checkpoint_every == 0 or at_end
         if save_now or not guard.saving:
@@ -291,7 +292,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Pictures, score, pipeline and summary of a finished run."""
     config, folder = parts.config, parts.config.folder
-    model = evaluator.model(parts.ema.full_state())
+    model = evaluator.model(parts.ema)
     if not parts.ranks.first:
         parts.ranks.barrier()
         return

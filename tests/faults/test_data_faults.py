@@ -23,10 +23,10 @@ COLUMNS = {"image": "bytes", "caption": "str"}
 LIMIT = 1 << 15  # bytes of a shard: about ten samples
 
 
-def noise(at):
+def noise(at, size=(32, 32)):
     """A picture that no compression makes small."""
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(at).integers(0, 255, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(at).integers(0, 255, (*size[::-1], 3), np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -162,6 +162,32 @@ def test_a_store_is_read_through_a_cache_that_mends_itself(launch, data, store, 
         "s3://data/set/train/shard.00000.mds.zstd",
         "is not what was written",
     )
+
+
+def test_aspect_buckets_of_a_store(launch, store, tmp_path):
+    """As from the folder; without buckets.json the index that is missed is named, another one is refused."""
+    folder = tmp_path / "data"
+    for split, count in (("train", 24), ("val", 2)):
+        for size in ((32, 16), (16, 32)):
+            out = folder / split / "{}x{}".format(*size)
+            with MDSWriter(columns=COLUMNS, out=str(out), hashes=["sha256"], size_limit=LIMIT) as writer:
+                for i in range(count):
+                    writer.write({"image": noise(i, size), "caption": "red circle"})
+        (folder / split / "buckets.json").write_text('["16x32", "32x16"]')
+    flags = ("--steps=7", "--batch_size=8")
+    remote = (*flags, f"--data.path={store.put(folder)}", f"--data.cache={tmp_path / 'cache'}")
+    alone = launch("alone", *flags, f"--data.path={folder}").finish()
+    assert "sizes 16x32 24, 32x16 24" in alone.output
+    there = launch("there", *remote, ranks=2, environment=store.environment).finish()
+    one, other = losses(alone.folder), losses(there.folder)
+    assert list(one) == list(other) == list(range(1, 8))
+    assert all(math.isclose(one[step], other[step], rel_tol=1e-5) for step in one), (one, other)
+    store.client.put_object(Bucket="data", Key="set/train/buckets.json", Body=b'["../32x16"]')
+    named = "wanted a list of folders WIDTHxHEIGHT in s3://data/set/train/buckets.json"
+    check(launch("odd", *remote, environment=store.environment), named, code=2)
+    store.client.delete_object(Bucket="data", Key="set/train/buckets.json")
+    named = "s3://data/set/train/index.json"
+    check(launch("none", *remote, environment=store.environment), named, code=2)
 
 
 def test_a_store_that_goes_away_ends_the_run(launch, data, store, tmp_path):

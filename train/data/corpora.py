@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,13 @@ from pathlib import Path
 
 from train.config import ConfigError, DataConfig
 from train.data.errors import DataError
-from train.data.index import INDEX, Index
+from train.data.index import BUCKETS, INDEX, Index
 from train.data.memory import clean_stale
-from train.data.source import Source, fetch_prompts, open_split, root, split
+from train.data.source import PROMPTS, Source, fetch_if_there, open_split, root, split
 from train.distributed import Ranks
 
 MOMENTS = "moments"
+SIZE = r"([1-9]\d{0,4})x([1-9]\d{0,4})"  # of an aspect bucket's folder
 Size = tuple[int, int]  # width, height in pixels
 
 
@@ -32,11 +34,27 @@ class Part:
     proportion: float | None = None
 
 
+def _bucket_names(source: Source) -> list[str]:
+    """Folders of a split without an index of its own: those with an index, or of a store, which is not listed, those in
+    its buckets.json. Raises: ConfigError for another buckets.json; DataError when the store does not answer.
+    """
+    base = source.remote or str(source.folder)
+    if "://" not in base:
+        return [] if (Path(base) / INDEX).is_file() else [path.parent.name for path in Path(base).glob(f"*/{INDEX}")]
+    if fetch_if_there(source, INDEX) or (path := fetch_if_there(source, BUCKETS)) is None:
+        return []
+    try:
+        names = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(SIZE, name) for name in names):
+        raise ConfigError(f"data.path: wanted a list of folders WIDTHxHEIGHT in {source.at(BUCKETS)}")
+    return names
+
+
 def _folders(source: Source, side: int) -> list[tuple[Source, Size]]:
     """A split's folder, or those of its aspect buckets WIDTHxHEIGHT where it has no index of its own."""
-    base = source.remote or str(source.folder)
-    names = [] if "://" in base or (Path(base) / INDEX).is_file() else Path(base).glob(f"*/{INDEX}")
-    buckets = [match for path in names if (match := re.fullmatch(r"(\d+)x(\d+)", path.parent.name))]
+    buckets = [match for name in set(_bucket_names(source)) if (match := re.fullmatch(SIZE, name))]
     if not buckets:
         return [(source, (side, side))]
     return [
@@ -99,7 +117,7 @@ def open_data(data: DataConfig, ranks: Ranks) -> dict[str, list[Part]]:
             }
             check_cache(data, result["train"])
             if root(data).remote:
-                fetch_prompts(root(data))
+                fetch_if_there(root(data), PROMPTS)
         except (ConfigError, DataError) as error:
             result = type(error)(str(error))  # without its cause, which may not travel
     found = [outcome for outcome in ranks.gather(result) if outcome is not None]

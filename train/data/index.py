@@ -11,7 +11,7 @@ from typing import Any
 
 from train.config import ConfigError
 
-INDEX = "index.json"
+INDEX, BUCKETS = "index.json", "buckets.json"
 COLUMNS = ("caption",)  # what training cannot do without, beside image or moments
 NUMBER = r"u?int(8|16|32|64)|float(16|32|64)"
 ENCODING = re.compile(rf"bytes|str|json|int|{NUMBER}|ndarray(:({NUMBER})(:\d+(,\d+)*)?)?")  # never pkl: it runs code

@@ -112,18 +112,23 @@ def open_split(source: Source, columns: tuple[str, ...] = COLUMNS) -> Index:
         try:
             fetch_file(source, INDEX)
         except DataError as error:
-            code = getattr(error.__cause__, "response", {})
-            if isinstance(error.__cause__, FileNotFoundError) or code:
+            if not_there(error):
                 raise ConfigError(f"data.path: {error}") from None
             raise
     return read_index(source.folder, columns)
 
 
-def fetch_prompts(source: Source) -> None:
-    """The store's prompts.jsonl into the cache, where it has one. Raises: DataError when the store does not answer."""
-    (source.folder / PROMPTS).unlink(missing_ok=True)
+def fetch_if_there(source: Source, name: str) -> Path | None:
+    """`fetch_file`; None, and no older one in the cache, where the store has none or does not show it."""
     try:
-        fetch_file(source, PROMPTS)
+        return fetch_file(source, name)
     except DataError as error:
-        if not (isinstance(error.__cause__, FileNotFoundError) or getattr(error.__cause__, "response", {})):
+        if not not_there(error):
             raise
+        (source.folder / name).unlink(missing_ok=True)
+        return None
+
+
+def not_there(error: DataError) -> bool:
+    """Whether a store answered, that it has no such file or that it is not for us."""
+    return isinstance(error.__cause__, FileNotFoundError) or bool(getattr(error.__cause__, "response", {}))

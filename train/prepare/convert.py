@@ -27,7 +27,7 @@ from train.disk import alone, replace_text, sync
 from train.prepare.journal import FirstCopies, Journal
 from train.prepare.pool import Pool
 from train.prepare.rejects import Broken, PrepareFailed
-from train.prepare.shards import finish_folder, remove_others, stored
+from train.prepare.shards import finish_folder, remove_others, stored, write_buckets
 from train.prepare.sources import Bad, Unit
 from train.prepare.units import VAL_BITS, Job, convert, scan
 from train.shapes.corpus import BadArgument
@@ -247,6 +247,7 @@ class _Run:
                     journal.set(f"index {folder}", done)
                 remove_others(self.out / folder, done)  # what was merged, now that the journal does not need it
                 made[folder] = len(done)
+        write_buckets(self.out, shards)
         with open(self.out / "quarantine.jsonl", "w", encoding="utf-8") as whole:
             for number, _ in journal.results():
                 with open(self.state / "quarantine" / f"{number:06}.jsonl", encoding="utf-8") as part:

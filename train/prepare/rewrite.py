@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from train.config import ConfigError
 from train.disk import alone, replace_text
+from train.prepare.shards import write_buckets
 from train.shapes.corpus import BadArgument
 
 WORK = ".rewrite"
@@ -290,6 +291,7 @@ def _finish(
         indexes[name] = {**index, **about, "shards": [state["entry"] for state in states]}
     if lines:
         replace_text(out / "quarantine.jsonl", "".join(lines))
+    write_buckets(out, indexes)
     for name in sorted(indexes, key=lambda name: name.split("/")[0] == "train"):
         replace_text(out / name / "index.json", json.dumps(indexes[name], sort_keys=True))
     samples = sum(shard["samples"] for index in splits.values() for shard in index["shards"])

@@ -109,6 +109,21 @@ def finish_folder(
     return kept
 
 
+def write_buckets(out: Path, folders: Iterable[str]) -> None:
+    """SPLIT/buckets.json: the names of a split's aspect buckets, of all `folders` (train, or train/256x192).
+
+    Stores are read without being listed.
+    """
+    from train.data.index import BUCKETS  # imports torch
+
+    buckets: dict[str, list[str]] = {}
+    for split, _, bucket in (folder.partition("/") for folder in sorted(folders)):
+        if bucket:
+            buckets.setdefault(split, []).append(bucket)
+    for split, names in buckets.items():
+        replace_text(out / split / BUCKETS, json.dumps(names))
+
+
 def remove_others(folder: Path, shards: Iterable[dict[str, Any]]) -> None:
     """Delete the shard files in `folder` that are none of `shards`."""
     known = {stored(shard)["basename"] for shard in shards}

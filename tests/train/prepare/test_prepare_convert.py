@@ -193,7 +193,8 @@ def test_buckets(tmp_path):
     flags = ("--buckets", "square,2:1,1:2", "--bucket-step", 16, "--val", 0, "--min-side", 0, "--duplicates", "keep")
     assert run("jsonl", tmp_path / "a.jsonl", "--out", tmp_path / "out", *flags, size=64) == 0
     found = {}
-    for folder in (tmp_path / "out" / "train").iterdir():
+    assert json.loads((tmp_path / "out" / "train" / "buckets.json").read_text()) == ["48x96", "64x64", "96x48"]
+    for folder in (path for path in (tmp_path / "out" / "train").iterdir() if path.is_dir()):
         width, height = map(int, folder.name.split("x"))
         for sample in read(folder):
             assert Image.open(io.BytesIO(sample["image"])).size == (width, height)

@@ -106,6 +106,8 @@ def test_aspect_buckets_and_a_dropped_column(tmp_path):
         found = read(out / name)
         assert [s["length"] for s in found] == [400 + i for i in range(count)]
         assert set(found[0]) == {"caption", "meta", "weight", "length"}
+    names = [json.loads((out / split / "buckets.json").read_text()) for split in ("train", "val")]
+    assert names == [["32x64", "64x32"], ["64x32"]]
 
 
 def test_an_interrupted_rewrite_continues_with_the_next_shard(source, tmp_path):
