@@ -37,10 +37,10 @@ faults: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m faults tests/faults
 
 bench: install
-	$(BIN)/python -m pytest bench/kernels --benchmark-only
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest bench/kernels --benchmark-only
 
 gpu: install
-	PYTHON=$(BIN)/python bench/gpu.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python bench/gpu.sh
 
 lint: install
 	$(BIN)/ruff check .

@@ -34,9 +34,11 @@ def read(pattern: str) -> list[dict[str, Any]]:
 
 
 def kernel_results() -> list[dict[str, Any]]:
-    """The newest kernel benchmark of every device."""
+    """The newest kernel benchmark of every device that has routing's rows."""
     newest: dict[str, dict[str, Any]] = {}
     for result in read("kernels-*.json"):
+        if not any(row.get("flops_per_byte") for row in result["results"]):
+            continue
         if result["date"] >= newest.get(result["device"], result)["date"]:
             newest[result["device"]] = result
     return list(newest.values())

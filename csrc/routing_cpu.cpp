@@ -6,7 +6,7 @@
 // at a time: normalised into a scratch that stays in L1, and multiplied there by the [D x L] weights with a register
 // tile of blocks x channels. Everything is fp32 and
 // every result has a fixed order of sums, so that neither the number of threads nor the run changes a bit.
-// Arguments are checked by sr_kernels/routing/op.py.
+// Arguments are checked by sr_kernels/routing/op.py, save the values of cu_seqlens in a compiled graph.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -42,13 +42,14 @@ std::tuple<Tensor, Tensor> layer_stats(at::TensorList hidden) {
 // out and, if wanted, sum of out^2; `given`: mean and rstd are read, otherwise written.
 std::tuple<Tensor, Tensor> route_any(at::TensorList hidden, const Tensor& weights, const Tensor& mean,
                                      const Tensor& rstd, bool given, const optional<Tensor>& cu_seqlens, bool sumsq) {
+  const auto bounds = checked_bounds(cu_seqlens, hidden[0].size(-2));
   return SR_DISPATCH(hidden[0].scalar_type(), [&] {
     const Rows<scalar_t> x(hidden);
     const int64_t blocks = weights.size(-2);
     auto out = at::empty({blocks, x.tokens, x.channels}, hidden[0].options());
     auto squares = sumsq ? at::empty({blocks, x.tokens}, weights.options()) : at::empty({0}, weights.options());
     want_huge_pages(out);
-    route_rows(x, weights, cu_seqlens, mean.data_ptr<float>(), rstd.data_ptr<float>(), given, out,
+    route_rows(x, weights, bounds, mean.data_ptr<float>(), rstd.data_ptr<float>(), given, out,
                sumsq ? squares.data_ptr<float>() : nullptr);
     return std::make_tuple(out, squares);
   });
@@ -68,8 +69,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route_fused(at::TensorList hidden, co
 }
 
 Tensor route_backward(const Tensor& grad_, at::TensorList hidden, const Tensor& mean_, const Tensor& rstd_,
-                      const optional<Tensor>& cu_seqlens, const optional<Tensor>& out,
+                      const optional<Tensor>& cu_seqlens_, const optional<Tensor>& out,
                       const optional<Tensor>& grad_sumsq_) {
+  const auto cu_seqlens = checked_bounds(cu_seqlens_, hidden[0].size(-2));
   const auto grad = grad_.stride(-1) == 1 || grad_.size(-1) == 1 ? grad_ : grad_.contiguous();
   const auto mean = mean_.contiguous(), rstd = rstd_.contiguous();
   const auto grad_sumsq = out ? optional<Tensor>(grad_sumsq_->contiguous()) : std::nullopt;

@@ -72,6 +72,17 @@ void parallel_ranges(int64_t n, int64_t step, const Make& make) {
   });
 }
 
+// The samples' bounds in 0..tokens, contiguous; their values are checked here too, since a compiled graph reads none.
+optional<Tensor> checked_bounds(const optional<Tensor>& cu_seqlens, int64_t tokens) {
+  if (!cu_seqlens) return std::nullopt;
+  auto bounds = cu_seqlens->contiguous();
+  const c10::ArrayRef<int32_t> values(bounds.const_data_ptr<int32_t>(), bounds.numel());
+  TORCH_CHECK_VALUE(values.size() >= 2 && values.front() == 0 && values.back() == tokens &&
+                        std::is_sorted(values.begin(), values.end()),
+                    "cu_seqlens: wanted non-decreasing values from 0 to ", tokens, ", got ", values);
+  return bounds;
+}
+
 // The rows hidden[l, t, :], from one [L,T,C] tensor or from L tensors [T,C].
 template <class T>
 struct Rows {

@@ -33,12 +33,12 @@ def seconds_of_copy(source: Tensor, target: Tensor) -> float:
 
 
 def graph_of(run: Run, n: int) -> torch.cuda.CUDAGraph:
-    """A graph of `n` calls over rotating inputs, warmed up."""
+    """A graph of `n` calls over rotating inputs, each run before: nothing is compiled under the capture."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for i in range(3):
-            run(i % n)
+        for i in range(n):
+            run(i)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

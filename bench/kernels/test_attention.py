@@ -9,7 +9,9 @@ from sr_kernels import varlen_attention
 from sr_kernels.attention import op, reference
 
 DTYPE = torch.bfloat16
-BACKENDS = [name for name, reason in op.usable(DEVICE.type, DTYPE).items() if reason is None]
+USABLE = [name for name, reason in op.usable(DEVICE.type, DTYPE).items() if reason is None]
+# the reference reads the bounds' values, which no CUDA graph captures
+BACKENDS = [name for name in USABLE if not (CUDA and name == "reference")]
 BATCH, QUERIES = (32, 1024) if CUDA else (2, 128)
 
 

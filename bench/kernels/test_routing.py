@@ -58,6 +58,12 @@ def layer_norm(x):
     return F.layer_norm(x, x.shape[-1:])
 
 
+def compiled(function):
+    """Compiled for one shape alone: what earlier shapes left would count against the limit on recompiling."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 def forward_of(name, weights, cu_seqlens):
     """hidden -> out of one contender."""
     if name in FORWARD:
@@ -65,7 +71,7 @@ def forward_of(name, weights, cu_seqlens):
     if name == "eager":
         return lambda x: reference.route(x, weights, cu_seqlens=cu_seqlens)
     if name == "compile":
-        return torch.compile(lambda x: reference.route(x, weights, cu_seqlens=cu_seqlens), dynamic=False)
+        return compiled(lambda x: reference.route(x, weights, cu_seqlens=cu_seqlens))
 
     def run(x):
         w = weights.to(x.dtype)
@@ -76,23 +82,28 @@ def forward_of(name, weights, cu_seqlens):
     return run
 
 
-def gradient_of(name, x, grad, cu_seqlens, weights):
-    """Prepare one contender, return the function that computes the gradient of the weights."""
+def gradient_of(name, x, grad, cu_seqlens):
+    """Prepare one contender, return the function that computes the gradient of the weights.
+
+    No contender goes through autograd: a CUDA graph would have to capture the forward pass too. Ours and the reference
+    start from statistics that the forward pass left.
+    """
     if name in OURS:
-        w = weights.clone().requires_grad_()
-        out = route(x, w, cu_seqlens=cu_seqlens, backend=name)
-        return lambda: torch.autograd.grad(out, w, grad, retain_graph=True)[0]
+        ops, stats = torch.ops.sr_kernels, layer_stats(x, backend=name)
+        if name == "native":
+            return lambda: ops.native_route_backward(grad, [x], *stats, cu_seqlens, None, None)
+        return lambda: ops.route_backward(grad, [x], *stats, cu_seqlens, name)
     if name in ("eager", "compile"):
         stats = reference.layer_stats(x)
         run = lambda: reference.route_backward(grad, x, stats=stats, cu_seqlens=cu_seqlens)  # noqa: E731
-        return torch.compile(run, dynamic=False) if name == "compile" else run
+        return compiled(run) if name == "compile" else run
     saved = layer_norm(x) if name == "saved" else None
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
 
     def run():
         xhat = layer_norm(x) if saved is None else saved
-        if cu_seqlens is None:
+        if bounds is None:
             return grad.flatten(1) @ xhat.flatten(1).T  # many times faster than the einsum
-        bounds = cu_seqlens.tolist()
         pairs = itertools.pairwise(bounds)
         return torch.stack([grad[:, a:b].flatten(1) @ xhat[:, a:b].flatten(1).T for a, b in pairs])
 
@@ -149,7 +160,7 @@ def test_forward(benchmark, record, shape, name):
 def test_backward(benchmark, record, shape, name):
     hidden, weights, cu_seqlens, costs = inputs(shape)
     grads = [torch.randn(shape[1], *x.shape[1:], device=DEVICE).to(x.dtype) for x in hidden]
-    runs = [gradient_of(name, x, g, cu_seqlens, weights) for x, g in zip(hidden, grads, strict=True)]
+    runs = [gradient_of(name, x, g, cu_seqlens) for x, g in zip(hidden, grads, strict=True)]
     error = relative(runs[0](), exact(hidden[0], weights, cu_seqlens, grads[0]))
     assert error <= (5e-5 if name in OURS else 0.05)
     peak = peak_over(lambda i: runs[i](), lambda out: [out])
@@ -172,12 +183,13 @@ def test_layer_stats(benchmark, record, shape, name):
     if shape[1] == 1:
         pytest.skip("the statistics do not depend on the blocks")
     hidden, _, _, costs = inputs(shape)
-    run = {"eager": reference.layer_stats, "compile": torch.compile(reference.layer_stats, dynamic=False)}.get(
-        name, lambda x: layer_stats(x, backend=name)
-    )
-    mean, rstd = reference.layer_stats(hidden[0].double())
+    if name in OURS:
+        run = lambda x: layer_stats(x, backend=name)  # noqa: E731
+    else:
+        run = compiled(reference.layer_stats) if name == "compile" else reference.layer_stats
+    mean, rstd = reference.layer_stats(hidden[0][:, :256].double())
     got = run(hidden[0])
-    error = max(relative(got[0], mean), relative(got[1], rstd))
+    error = max(relative(got[0][:, :256], mean), relative(got[1][:, :256], rstd))
     assert error <= 1e-5
     figures = measure(benchmark, lambda i: run(hidden[i]), len(hidden), costs.stats_bytes, hidden[0])
     benchmark.extra_info.update(error=error)

@@ -18,15 +18,18 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @cache
-def _flash() -> Any:
-    """flash-attn's varlen function, version 3 before 2; None when neither is installed."""
-    if importlib.util.find_spec("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_varlen_func
-    elif importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
-    else:
-        return None
-    return flash_attn_varlen_func
+def _flash() -> tuple[Any, str | None]:
+    """flash-attn's varlen function, version 3 before 2, and None; or None and the reason why there is none."""
+    try:
+        if importlib.util.find_spec("flash_attn_interface"):
+            from flash_attn_interface import flash_attn_varlen_func
+        elif importlib.util.find_spec("flash_attn"):
+            from flash_attn import flash_attn_varlen_func
+        else:
+            return None, "flash-attn is not installed"
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        return None, f"flash-attn is installed but does not load: {error}"
+    return flash_attn_varlen_func, None
 
 
 @cache
@@ -42,8 +45,7 @@ def usable(device_type: str, dtype: torch.dtype) -> dict[str, str | None]:
     """Backends in order of preference, each with None or the reason why it cannot run."""
     gpu = None if device_type == "cuda" else "it needs a CUDA device"
     half = None if dtype in FLASH_DTYPES else f"it takes fp16 and bf16, not {dtype}"
-    missing = None if gpu or half or _flash() is not None else "flash-attn is not installed"
-    return {"flash": gpu or half or missing, "torch": gpu or half, "sdpa": None, "reference": None}
+    return {"flash": gpu or half or _flash()[1], "torch": gpu or half, "sdpa": None, "reference": None}
 
 
 def backend_for(device: torch.device, dtype: torch.dtype, requested: str | None = None) -> str:
@@ -85,7 +87,7 @@ def varlen_attention(
         k, v: [Tk, Hkv, hd], Hq a multiple of Hkv.
         cu_seqlens_q, cu_seqlens_k: [B+1] int32, the sequences' bounds in Tq and Tk, on q's device.
         max_q, max_k: the longest sequence of either; host integers, so that nothing synchronises.
-        causal: query i of n sees the keys up to i + nk - n.
+        causal: query i of n sees the keys up to i + nk - n; one that sees none gives 0.
         backend: "flash", "torch", "sdpa" or "reference"; default by device, or SR_ATTENTION_BACKEND.
 
     Returns: [Tq, Hq, hd] in q's dtype.
@@ -109,7 +111,7 @@ def varlen_attention(
 
     chosen = backend_for(q.device, q.dtype, backend)
     if chosen == "flash":
-        return _flash()(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal=causal)
+        return _flash()[0](q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal=causal)
     if chosen == "torch":
         varlen, grouped = _torch_varlen()
         options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}

@@ -18,9 +18,12 @@ def varlen_attention(
         qi = q[q0:q1].to(wide).transpose(0, 1)  # [Hq, nq, hd]
         ki = k[k0:k1].to(wide).transpose(0, 1).repeat_interleave(group, 0)  # [Hq, nk, hd]
         vi = v[k0:k1].to(wide).transpose(0, 1).repeat_interleave(group, 0)
-        scores = qi @ ki.transpose(1, 2) * q.shape[-1] ** -0.5  # [Hq, nq, nk]
-        if causal:  # the last query sees the last key
-            hidden = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).triu(1 + (k1 - k0) - (q1 - q0))
-            scores = scores.masked_fill(hidden, float("-inf"))
-        pieces.append((scores.softmax(-1) @ vi).transpose(0, 1))
+        with torch.autocast(q.device.type, enabled=False):  # fp32 also where the products would be cast down
+            scores = qi @ ki.transpose(1, 2) * q.shape[-1] ** -0.5  # [Hq, nq, nk]
+            if causal:  # the last query sees the last key; one that sees no key gives 0
+                unseen = torch.ones_like(scores[0], dtype=torch.bool).triu(1 + (k1 - k0) - (q1 - q0))
+                shares = scores.masked_fill(unseen, float("-inf")).softmax(-1).masked_fill(unseen, 0)
+            else:
+                shares = scores.softmax(-1)
+            pieces.append((shares @ vi).transpose(0, 1))
     return torch.cat(pieces).to(q.dtype)  # [Tq, Hq, hd]

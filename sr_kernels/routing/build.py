@@ -51,7 +51,12 @@ def load(
         print(f"sr_kernels: building the {what} routing kernel, once (half a minute)", file=sys.stderr, flush=True)
         (folder / "lock").unlink(missing_ok=True)  # cpp_extension's own, which would outlive a killed holder for ever
         paths = [str(SOURCES / file) for file in compiled]
-        cpp_extension.load(name, paths, build_directory=str(folder), is_python_module=False, **flags)
+        path = os.environ.get("PATH", os.defpath)
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"  # ninja, if the venv is not activated
+        try:
+            cpp_extension.load(name, paths, build_directory=str(folder), is_python_module=False, **flags)
+        finally:
+            os.environ["PATH"] = path
         finished.touch()
 
 

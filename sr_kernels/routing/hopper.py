@@ -75,7 +75,7 @@ def why_not() -> str | None:
     try:
         load()
     except Exception as error:  # whatever is wrong with the toolchain, other backends still run
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or repr(error)).splitlines()[0]
     return None
 
 

@@ -165,19 +165,19 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _table(layers: list[Tensor], addresses: tuple[int, ...]) -> Tensor:
-    """The layers' addresses [L] int64 on the device. Kept per stream, since a later call on it sees the write.
+    """The layers' addresses [L] int64 on the device. Kept on its default stream, where a later call sees the write.
 
-    Under graph capture the write must be in the graph and the memory in its pool, so nothing is kept.
+    CUDA graphs are captured, and warmed up by torch.compile, on other streams: there the write must be in the graph and
+    the memory go back to its pool, so nothing is kept.
     """
     device = layers[0].device
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, addresses)
-    table = None if capturing else TABLES.get(key)
+    kept = device.type != "cuda" or torch.cuda.current_stream(device).cuda_stream == 0
+    key = (device, addresses)
+    table = TABLES.get(key) if kept else None
     if table is None:
         table = torch.empty(len(layers), dtype=torch.int64, device=device)
         kernels.pointer_table[(1,)](table, tuple(layers), num_warps=1, enable_fp_fusion=True)
-        if not capturing:
+        if kept:
             if len(TABLES) >= 64:
                 TABLES.clear()
             TABLES[key] = table

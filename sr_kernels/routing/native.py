@@ -110,7 +110,7 @@ def why_not() -> str | None:
             extra_ldflags=OPENMP,
         )
     except Exception as error:  # whatever is wrong with the toolchain, the reference still runs
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or repr(error)).splitlines()[0]
     return None
 
 

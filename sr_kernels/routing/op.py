@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import shutil
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +44,7 @@ _CHOSEN: dict[tuple[Any, ...], str] = {}
 
 def _choose(device: str, requested: str | None, dtype: torch.dtype) -> str:
     usable: dict[str, backends.Reason] = {"reference": None}
+    asked = requested or os.environ.get(VARIABLE)
     if device == "cuda":  # after the reference, so that only a request chooses it
         usable["native"] = hopper.why_not if dtype in hopper.DTYPES else f"it has no CUDA kernel for {dtype}"
     elif device != "cpu":
@@ -48,20 +52,34 @@ def _choose(device: str, requested: str | None, dtype: torch.dtype) -> str:
     elif dtype not in native.DTYPES:
         usable["native"] = f"it has no kernel for {dtype}"
     else:
-        asked = requested or os.environ.get(VARIABLE)
         usable = {"native": native.why_not if asked else native.why_not_with_warning, **usable}
     triton = "it has no fp64 kernel" if dtype == torch.float64 else _triton_reason(device)
     usable = {"triton": triton, **usable} if device == "cuda" else {**usable, "triton": triton}
+    if device == "cuda" and triton and dtype != torch.float64 and not asked:
+        _warn_of_the_reference(triton)
     return backends.choose(requested, VARIABLE, usable, f"routing on {device}")
+
+
+@functools.cache
+def _warn_of_the_reference(reason: str) -> None:
+    """Once a process."""
+    warnings.warn(f"no Triton routing kernel, the slower reference runs: {reason}", stacklevel=2)
 
 
 def _triton_reason(device: str) -> str | None:
     """None when the Triton kernels run on `device`, else why not."""
     if not TRITON_INSTALLED:
         return "triton is not installed"
-    if device == "cuda" or (device == "cpu" and TRITON_INTERPRETED):
+    if device == "cpu" and TRITON_INTERPRETED:
         return None
-    return "it needs a CUDA device (or, on a CPU, TRITON_INTERPRET=1)"
+    if device != "cuda":
+        return "it needs a CUDA device (or, on a CPU, TRITON_INTERPRET=1)"
+    from triton import knobs
+
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")  # as Triton looks for it
+    if knobs.build.impl is None and (compiler is None or shutil.which(compiler) is None):
+        return f"no C compiler, which Triton builds its launcher with ({compiler or 'gcc or clang'} is not on the path)"
+    return None
 
 
 def _check_hidden(hidden: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -97,7 +115,7 @@ def _check_alike(layers: list[Tensor]) -> None:
             groups = torch._C._group_tensors_by_device_and_dtype([layers], False)  # type: ignore[list-item]
             if len(groups) == 1 and [layer.shape for layer in layers].count(shape) == len(layers):
                 return
-        except (AttributeError, TypeError):
+        except (AttributeError, RuntimeError, TypeError):
             pass  # not a tensor: named below
     for i, layer in enumerate(layers):
         checks.tensor(f"hidden[{i}]", layer, ndim=2)
@@ -287,7 +305,8 @@ def route(
         return_sumsq: also return sum over c of out^2, [D, T]: the row factor of an RMSNorm that follows.
         backend: "triton" (CUDA), "native" (CPU, Hopper) or "reference"; default by device, or SR_KERNELS_BACKEND.
 
-    Returns: out [D, T, C] in hidden's dtype; with return_sumsq (out, sumsq [D, T] fp32). Gradient to weights only.
+    Returns: out [D, T, C] in hidden's dtype; with return_sumsq (out, sumsq [D, T] fp32). Gradient to weights only, by
+    autograd; torch.func's transforms (grad, vmap) do not go through it.
 
     Raises: ValueError or TypeError naming the argument, what is wanted and what came, from metadata alone.
     """
@@ -313,6 +332,9 @@ def route(
     device = layers[0].device
     checks.same_device("hidden", device, weights=weights, cu_seqlens=cu_seqlens)
     if stats is not None:
+        if not isinstance(stats, (tuple, list)) or len(stats) != 2:
+            got = f"{len(stats)} values" if isinstance(stats, (tuple, list)) else type(stats).__name__
+            checks.fail("stats", "(mean, rstd)", got)
         fitting = (n_layers, tokens), wide, device
         for i, value in enumerate(stats):
             if not isinstance(value, Tensor) or (value.shape, value.dtype, value.device) != fitting:

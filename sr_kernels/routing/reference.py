@@ -54,11 +54,12 @@ def route(
     dtype = hidden.dtype if isinstance(hidden, Tensor) else hidden[0].dtype
     xhat = normalize(hidden, stats)  # [L, T, C]
     w = weights.to(xhat.dtype)
-    if w.ndim == 2:
-        out = torch.einsum("dl,ltc->dtc", w, xhat)
-    else:
-        assert cu_seqlens is not None
-        out = torch.einsum("tdl,ltc->dtc", w[sample_of_token(cu_seqlens, xhat.shape[1])], xhat)
+    with torch.autocast(xhat.device.type, enabled=False):  # it would cast the products down
+        if w.ndim == 2:
+            out = torch.einsum("dl,ltc->dtc", w, xhat)
+        else:
+            assert cu_seqlens is not None
+            out = torch.einsum("tdl,ltc->dtc", w[sample_of_token(cu_seqlens, xhat.shape[1])], xhat)
     rounded = out.to(dtype).contiguous()  # the per-token product comes out token first
     return (rounded, out.square().sum(-1)) if return_sumsq else rounded  # [D, T, C], [D, T]
 
@@ -73,9 +74,10 @@ def route_backward(
     """Gradient of the weights: d_weights[(b,)d,l] = sum over t,c of grad[d,t,c] LN(hidden)[l,t,c]; [D,L] or [B,D,L]."""
     xhat = normalize(hidden, stats)
     g = grad.to(xhat.dtype)
+    with torch.autocast(xhat.device.type, enabled=False):
+        per_token = torch.einsum("dtc,ltc->dl" if cu_seqlens is None else "dtc,ltc->tdl", g, xhat)
     if cu_seqlens is None:
-        return torch.einsum("dtc,ltc->dl", g, xhat)
-    per_token = torch.einsum("dtc,ltc->tdl", g, xhat)
+        return per_token
     batch = cu_seqlens.numel() - 1
     zeros = per_token.new_zeros(batch, *per_token.shape[1:])
     return zeros.index_add_(0, sample_of_token(cu_seqlens, xhat.shape[1]), per_token)

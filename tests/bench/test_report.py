@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import demo, provenance, report, tables
+from bench.kernels import conftest as kernels
 
 HEADER = {"device": "D", "python": "3", "torch": "2", "cuda": None, "commit": "c", "command": "x", "date": "2026-01-01"}
 
@@ -31,7 +32,9 @@ def test_a_kernel_row_compares_with_the_best_of_plain_torch():
     lines = tables.kernel_table({**HEADER, "results": rows}).splitlines()
     assert "| `route` of a tensor | 9.0 | 5.5 | 3.5 |" in lines
     line = lines[2]
-    assert line == ("| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 9.0 / - / 7.0 | 3.5 x (layernorm) | 0.50% |")
+    assert line == (
+        "| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 9.0 / - / 7.0 | - | 3.5 x (layernorm) | 0.50% |"
+    )
 
 
 def test_each_of_our_kernels_for_a_shape_has_its_row():
@@ -41,8 +44,36 @@ def test_each_of_our_kernels_for_a_shape_has_its_row():
         for contender, ms in (("native", 2.0), ("triton", 4.0), ("eager", 8.0))
     ]  # fmt: skip
     lines = tables.kernel_table({**HEADER, "results": rows}).splitlines()
-    assert lines[2] == "| forward | L36-D24 | 4.00 (triton) | 10.0 | 50% | 8.0 / - / - | 2.0 x (eager) | - |"
-    assert lines[3] == "| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 8.0 / - / - | 4.0 x (eager) | - |"
+    assert lines[2] == "| forward | L36-D24 | 4.00 (triton) | 10.0 | 50% | 8.0 / - / - | - | 2.0 x (eager) | - |"
+    assert lines[3] == "| forward | L36-D24 | 2.00 (native) | 10.0 | 50% | 8.0 / - / - | - | 4.0 x (eager) | - |"
+
+
+def test_a_gradient_from_a_kept_norm_has_its_own_column_and_is_not_the_best():
+    rows = [
+        {"name": f"test_backward[{contender}-L36-D1]", "op": "backward", "contender": contender, "ms": ms,
+         "gb_per_s": 10.0, "percent_of_copy": 50.0}
+        for contender, ms in (("native", 5.0), ("layernorm", 10.0), ("saved", 2.0))
+    ]  # fmt: skip
+    lines = tables.kernel_table({**HEADER, "results": rows}).splitlines()
+    assert "| eager / compile / layernorm, ms | plain, xhat kept, ms | ahead of the best from hidden |" in lines[0]
+    assert lines[2] == "| backward | L36-D1 | 5.00 (native) | 10.0 | 50% | - / - / 10.0 | 2.0 | 2.0 x (layernorm) | - |"
+
+
+def test_a_run_of_some_kernel_benchmarks_keeps_the_others_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    routing = {"name": "test_forward[native]", "op": "forward", "flops_per_byte": 1.0, "ms": 3.0}
+    dispatch = {"name": "test_dispatch[tensor]", "op": "dispatch", "us": 9.0}
+    first = kernels.keep({**HEADER}, [routing, dispatch])
+    later = {**HEADER, "command": "x -k dispatch", "date": "2026-01-01T01"}
+    assert kernels.keep(later, [{**dispatch, "us": 7.0}]) == first
+    kept = json.loads(first.read_text())
+    assert kept["results"] == [routing, {**dispatch, "us": 7.0}]
+    assert kept["command"] == "x; x -k dispatch"
+    other = kernels.keep({**HEADER, "commit": "d", "date": "2026-01-01T02"}, [dispatch])
+    assert other != first
+    assert json.loads(first.read_text()) == kept
+    assert report.kernel_results() == [kept]  # the newer file has no row of routing
 
 
 def test_the_demo_table_has_a_column_a_split():

@@ -81,6 +81,59 @@ def test_the_plain_products_of_half_precision_training_stay_near_the_kernels_err
     assert all(ours <= 1.3 * theirs for ours, theirs in zip(plain, kernel, strict=True)), (plain, kernel)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("lengths", [[(5, 2), (3, 4)], [(4, 2), (4, 2)], [(6, 1)]])
+def test_causal_queries_before_the_first_key_give_0(backend, lengths, dtype):
+    g = torch.Generator().manual_seed(0)
+    queries, keys = ([n[i] for n in lengths] for i in range(2))
+    q, grad = (torch.randn(sum(queries), 4, 8, generator=g).to(dtype) for _ in range(2))
+    k, v = (torch.randn(sum(keys), 2, 8, generator=g).to(dtype) for _ in range(2))
+    got = run(
+        lambda *a: varlen_attention(
+            *a, bounds(queries), bounds(keys), max(queries), max(keys), causal=True, backend=backend
+        ),
+        q, k, v, grad,
+    )  # fmt: skip
+
+    def query_by_query(q, k, v):
+        rows, q0, k0 = [], 0, 0
+        for nq, nk in lengths:
+            for i in range(nq):
+                n = max(0, i + 1 + nk - nq)  # keys that query i sees
+                seen_k, seen_v = (x[k0 : k0 + n].repeat_interleave(2, 1) for x in (k, v))
+                weights = torch.einsum("hd,nhd->hn", q[q0 + i], seen_k / 8**0.5).softmax(-1)
+                rows.append(torch.einsum("hn,nhd->hd", weights, seen_v))
+            q0, k0 = q0 + nq, k0 + nk
+        return torch.stack(rows)
+
+    exact = run(query_by_query, *(x.double() for x in (q, k, v, grad)))
+    for x, y in zip(got, exact, strict=True):
+        assert (x - y).norm() <= (2e-6 if dtype == torch.float32 else 1e-2) * grad.norm()
+    blind = torch.cat([torch.arange(nq) < nq - nk for nq, nk in lengths])
+    assert not got[0][blind].any()
+    assert not got[1][blind].any()
+
+
+def test_the_reference_is_the_same_under_autocast():
+    q, k, v = (torch.randn(6, 2, 8) for _ in range(3))
+    cu = bounds([2, 4])
+    expected = reference.varlen_attention(q, k, v, cu, cu)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reference.varlen_attention(q, k, v, cu, cu), expected)
+
+
+def test_a_flash_attention_that_does_not_load_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: x')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(op, "_flash", op._flash.__wrapped__)
+    reasons = op.usable.__wrapped__("cuda", torch.bfloat16)
+    assert reasons == {
+        "flash": "flash-attn is installed but does not load: undefined symbol: x",
+        "torch": None, "sdpa": None, "reference": None,
+    }  # fmt: skip
+
+
 def test_one_sequence_does_not_see_another():
     q, k, v = (torch.randn(6, 2, 8) for _ in range(3))
     cu = bounds([2, 4])

@@ -56,8 +56,9 @@ def promises(variant, figures):
 def test_figures_are_those_on_file(variant):
     figures = codegen.figures(variant)
     promises(variant, figures)
-    if triton.__version__ == RECORDED["triton"]:
-        assert figures == RECORDED[variant.name]
+    if triton.__version__ != RECORDED["triton"]:
+        pytest.skip(f"the figures on file are of Triton {RECORDED['triton']}")
+    assert figures == RECORDED[variant.name]
 
 
 @pytest.mark.slow

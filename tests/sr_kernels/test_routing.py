@@ -125,6 +125,7 @@ WB = W.expand(2, 2, 3)
         ({"hidden": H[0]}, "hidden: wanted 3 dimensions"),
         ({"hidden": H.transpose(1, 2)}, "stride 1"),
         ({"hidden": [H[0], H[1, :4], H[2]]}, r"hidden\[1\]: wanted shape \[6, 8\]"),
+        ({"hidden": [H[0], None, H[2]]}, r"hidden\[1\]: wanted a tensor, got NoneType"),
         ({"hidden": []}, "at least one layer"),
         ({"hidden": H[:, :0]}, "no empty dimension"),
         ({"hidden": H.clone().requires_grad_()}, "frozen"),
@@ -138,12 +139,57 @@ WB = W.expand(2, 2, 3)
         ({"weights": WB, "cu_seqlens": torch.tensor([0, 7, 6], dtype=torch.int32)}, "non-decreasing"),
         ({"weights": WB, "cu_seqlens": torch.tensor([0, 3, 6])}, "cu_seqlens: wanted dtype int32"),
         ({"stats": (torch.zeros(3, 5), torch.zeros(3, 5))}, r"mean\): wanted shape \[3, 6\]"),
+        ({"stats": (torch.zeros(3, 6),)}, r"stats: wanted \(mean, rstd\), got 1 values"),
+        ({"stats": [torch.zeros(3, 6)] * 3}, r"stats: wanted \(mean, rstd\), got 3 values"),
+        ({"stats": torch.zeros(2, 3, 6)}, r"stats: wanted \(mean, rstd\), got Tensor"),
+        ({"stats": (torch.zeros(3, 6), None)}, r"stats\[1\] \(rstd\): wanted a tensor, got NoneType"),
         ({"backend": "cuda"}, "backend: wanted one of"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         route(**{"hidden": H, "weights": W, **arguments})
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_reference_is_the_same_under_autocast(per_sample):
+    hidden, weights = case(5, [3, 4], 16, 2, per_sample)
+    cu = bounds([3, 4]) if per_sample else None
+    grad = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(3))
+
+    def run():
+        w = weights.clone().requires_grad_()
+        out = route(hidden, w, cu_seqlens=cu, backend="reference")
+        direct = reference.route(hidden, weights, cu_seqlens=cu)
+        return out, direct, torch.autograd.grad(out, w, grad)[0]
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run()
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def test_without_a_c_compiler_a_gpu_falls_back_with_one_warning(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("SR_KERNELS_BACKEND", raising=False)
+    op._warn_of_the_reference.cache_clear()
+    with pytest.warns(UserWarning, match="no Triton") as caught:
+        assert [op._choose("cuda", None, dtype) for dtype in (torch.bfloat16, torch.float32)] == ["reference"] * 2
+    assert [str(w.message) for w in caught] == [
+        "no Triton routing kernel, the slower reference runs: no C compiler, which Triton builds its launcher with "
+        "(gcc or clang is not on the path)"
+    ]
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(
+        RuntimeError, match=r"'triton' cannot run .*no C compiler.*\(no-such-compiler is not on the path"
+    ):
+        op._choose("cuda", "triton", torch.bfloat16)
+    (tmp_path / "gcc").touch(mode=0o755)
+    monkeypatch.delenv("CC")
+    assert op._choose("cuda", None, torch.bfloat16) == "triton"
 
 
 def test_environment_chooses_the_backend(monkeypatch):

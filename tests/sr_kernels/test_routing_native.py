@@ -1,10 +1,13 @@
 """The C++ CPU kernel against fp64: adversarial inputs, odd sizes, layouts, bits, and every element written."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from sr_kernels import layer_stats, route
 from sr_kernels.routing import native, op, reference
@@ -160,11 +163,14 @@ def test_sizes_and_layouts(n_layers, lengths, channels, blocks, per_sample, dtyp
     wide = torch.empty(tokens, n_layers, channels + 3, dtype=dtype)
     wide[..., :channels] = hidden.transpose(0, 1)
     strided = wide.transpose(0, 1)[..., :channels]  # the layer is the inner dimension, rows are not aligned
-    for same in (tuple(hidden), strided, list(strided)):
-        again, squares = route(same, weights, stats=(mean, rstd), **keys)
-        assert torch.equal(again, out)
-        assert torch.equal(squares, sumsq)
-        assert torch.equal(torch.autograd.grad(again, weights, grad)[0], d_weights)
+    every_other = torch.full((2 * len(lengths) + 2,), tokens, dtype=torch.int32)[::2]
+    every_other.copy_(bounds(lengths))
+    for same, cu in ((tuple(hidden), bounds(lengths)), (strided, every_other), (list(strided), every_other)):
+        for given in ({"stats": (mean, rstd)}, {}):
+            again, squares = route(same, weights, **keys | given | {"cu_seqlens": cu})
+            assert torch.equal(again, out)
+            assert torch.equal(squares, sumsq)
+            assert torch.equal(torch.autograd.grad(again, weights, grad)[0], d_weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -248,6 +254,23 @@ def test_opcheck_and_compile(as_list):
     assert torch.equal(compiled_w.grad, eager_w.grad)
 
 
+@pytest.mark.parametrize("values", [[0, 9, 6], [1, 3, 6], [0, 4, 5], [0, 5, 7], [0, 7, 6]])
+def test_bounds_that_a_compiled_graph_does_not_read_are_refused(values):
+    hidden, weights = normal(3, 6, 16), normal(2, 2, 3)
+    mean, rstd = layer_stats(hidden, backend="native")
+    ops, cu = torch.ops.sr_kernels, torch.tensor(values, dtype=torch.int32)
+    compiled = torch.compile(lambda cu: route(hidden, weights, cu_seqlens=cu, backend="native"), backend="eager")
+    assert torch.equal(compiled(bounds([2, 4])), route(hidden, weights, cu_seqlens=bounds([2, 4]), backend="native"))
+    for call in (
+        lambda: compiled(cu),
+        lambda: ops.native_route([hidden], weights, mean, rstd, cu, False),
+        lambda: ops.native_route_fused([hidden], weights, cu, True),
+        lambda: ops.native_route_backward(normal(2, 6, 16), [hidden], mean, rstd, cu, None, None),
+    ):
+        with pytest.raises(ValueError, match=rf"cu_seqlens: wanted non-decreasing values from 0 to 6, got \{values}"):
+            call()
+
+
 def test_the_default_on_a_cpu():
     assert op.backend_for(torch.device("cpu"), dtype=torch.bfloat16) == "native"
     assert op.backend_for(torch.device("cpu"), dtype=torch.float64) == "reference"
@@ -282,6 +305,23 @@ def test_without_a_compiler_one_warning_and_the_reference(tmp_path, monkeypatch)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", NO_COMPILER], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_build_finds_the_programs_beside_the_interpreter(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nowhere")
+    paths = []
+
+    def failing_load(*args, **kwargs):
+        paths.append(os.environ["PATH"])
+        raise RuntimeError
+
+    monkeypatch.setattr(cpp_extension, "load", failing_load)
+    assert native.why_not.__wrapped__() == f"no C++ compiler ({cpp_extension.get_cxx_compiler()!r} is not on the path)"
+    monkeypatch.setattr(native, "_check_compiler", lambda: None)
+    assert native.why_not.__wrapped__() == "RuntimeError()"  # an error without a text has a name
+    assert paths == [f"{Path(sys.executable).parent}{os.pathsep}/nowhere"]
+    assert os.environ["PATH"] == "/nowhere"
 
 
 @pytest.mark.slow

@@ -222,14 +222,20 @@ def test_shares_cover_every_token():
         (torch.ones(65, 1, 4), torch.ones(2, 65), "hidden: wanted at most 64 layers"),
         (torch.ones(2, 1, 4), torch.ones(65, 2), "weights: wanted at most 64 blocks"),
         (torch.ones(2, 1, 32769), torch.ones(2, 2), "hidden: wanted at most 32768 channels"),
-        ([torch.ones(2, 4), torch.ones(2, 8)[:, :4]], torch.ones(2, 2), r"hidden\[1\]: wanted row stride 4"),
     ],
 )
 def test_what_the_tiles_cannot_hold_is_named(hidden, weights, message):
-    placed = [x.to(DEVICE) for x in hidden] if isinstance(hidden, list) else hidden.to(DEVICE)
-    stats = tuple(torch.zeros(2, weights.shape[-1], placed[0].shape[-2] if isinstance(hidden, list) else 1).to(DEVICE))
+    stats = tuple(torch.zeros(2, weights.shape[-1], 1, device=DEVICE))
     with pytest.raises(ValueError, match=message):
-        route(placed, weights.to(DEVICE), stats=stats, backend="triton")
+        route(hidden.to(DEVICE), weights.to(DEVICE), stats=stats, backend="triton")
+
+
+def test_layers_of_two_row_strides_are_refused():
+    layers = [torch.ones(2, 4, device=DEVICE), torch.ones(2, 8, device=DEVICE)[:, :4]]
+    with pytest.raises(ValueError, match=r"hidden\[1\]: wanted row stride 4"):
+        route(
+            layers, torch.ones(2, 2, device=DEVICE), stats=tuple(torch.zeros(2, 2, 2, device=DEVICE)), backend="triton"
+        )
 
 
 def test_opcheck_and_compile():
@@ -263,6 +269,15 @@ def test_a_tuple_works_under_graph_capture():
     launch.TABLES.clear()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA graphs")
+def test_a_tuple_works_under_the_graphs_of_torch_compile():
+    hidden = hidden_of("", 36, 6, 256, torch.bfloat16).to(DEVICE)
+    layers, weights = tuple(hidden.unbind()), weights_of("soft", (24, 36)).to(DEVICE)
+    compiled = torch.compile(lambda w: route(layers, w, backend="triton") * 2, mode="reduce-overhead")
+    for _ in range(4):  # warmed up, recorded, replayed
+        assert torch.equal(compiled(weights), route(hidden, weights, backend="triton") * 2)
 
 
 @pytest.mark.parametrize("values", [[0, 3, 3, 3, 7], [0, 9, 4, 2**30, 7], [-5, 3, 3, 3, 5]])
