@@ -38,7 +38,7 @@ PAPER_TABLE = {
     "s3": (2249, 470, 2523),
     "fusedit": (1712, 357, 2575),
 }
-FACTORS = ("plain", "unpad", "fuse", "fold", "cache", "compile")  # each adds one to those before it
+FACTORS = ("plain", "unpad", "fuse", "fold", "cache", "compile", "graph")  # each adds one to those before it
 
 
 @contextmanager
@@ -95,6 +95,7 @@ def factor(pipe: SemanticRoutingPipeline, name: str, tokens: int, start: Tensor,
         return plain.sample(pipe, [prompt(tokens)], start, setting.steps, GUIDANCE, max(setting.tokens))
     at = FACTORS.index(name)
     conditioner = pipe.transformer.conditioner
+    pipe.cuda_graphs = at >= FACTORS.index("graph")
     pipe.cache_text_kv = at >= FACTORS.index("cache")
     conditioner.fold = None if at >= FACTORS.index("fold") else False
     compiled = nullcontext() if at >= FACTORS.index("compile") else plain_blocks(pipe)
@@ -102,7 +103,7 @@ def factor(pipe: SemanticRoutingPipeline, name: str, tokens: int, start: Tensor,
         with routing_backend(None if at >= FACTORS.index("fuse") else "reference"), compiled:
             return draw(pipe, tokens, start, setting.steps)
     finally:
-        pipe.cache_text_kv, conditioner.fold = True, None
+        pipe.cuda_graphs, pipe.cache_text_kv, conditioner.fold = True, True, None
 
 
 def predicted(model: DiT, llm_config: Any, name: str, tokens: int, setting: Setting) -> int:
@@ -116,7 +117,7 @@ def predicted(model: DiT, llm_config: Any, name: str, tokens: int, setting: Sett
         products += flops.llm_products(llm_config, model.config.text_layers, [padded] * 2)
         products -= 2 * padded * model.config.text_layers * flops.llm_layer_products(llm_config)  # counted below
         return 2 * products + flops.paper_sampling(model, llm_config, setting.image_tokens, padded, setting.steps).total
-    if name in ("cache", "compile"):
+    if name in ("cache", "compile", "graph"):
         return once.total
     model.conditioner.fold = None if name == "fold" else False
     try:
@@ -171,7 +172,8 @@ def measure(
     pipes = {s: pipeline(dit(s, setting, device, dtype), llm, words) for s in strategies}
     for pipe in pipes.values() if compiled else ():
         pipe.transformer.compile_blocks()
-    names = FACTORS if compiled else FACTORS[:-1]
+    left_out = (() if compiled else ("compile",)) + (() if device.type == "cuda" else ("graph",))
+    names = [name for name in FACTORS if name not in left_out]
     channels = pipes[strategies[0]].transformer.config.in_channels
     start = torch.randn(1, channels, setting.side, setting.side, generator=torch.Generator().manual_seed(0))
     rows, ladder = [], []

@@ -49,7 +49,8 @@ def velocity(dit: DiT, x: Tensor, t: Tensor, hidden: Tensor, mask: Tensor) -> Te
     """DiT.forward on padded text: x [B, channels, H, W], t [1|B], hidden [L, B, length, C], mask [B, length]."""
     config, conditioner = dit.config, dit.conditioner
     alpha = dit.fusion_weights(t, config.text_layers)  # [1|B, 1|D, L]
-    alpha = alpha[..., [i - 1 for i in layers_read(config.strategy, config.text_layers)]]
+    read = layers_read(config.strategy, config.text_layers)
+    alpha = alpha[..., read[0] - 1 : read[-1]]
     normed = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-5)
 
     def embed(d: int) -> Tensor:

@@ -29,12 +29,13 @@ from bench import plain, provenance
 from bench.setting import PAPER, REDUCED, Setting, dit, language_model, prompt, tokenizer
 from sr_model import STRATEGIES, TextEncoder
 from sr_model.codec import PixelCodec, VaeCodec
-from train.assemble import Parts
+from train.assemble import Parts, weight_bytes
 from train.config import Config, DataConfig
 from train.distributed import Ranks, peak_flops, start
 from train.engine import Ema, build_engine
 from train.guards import Guard
 from train.loop import training_step
+from train.preflight import memory
 from train.runlog import PARTS, Clock
 
 SD3_VAE = {
@@ -187,6 +188,14 @@ def measure(parts: Parts, path: str, arguments: argparse.Namespace, setting: Set
     }
 
 
+def fitting(arguments: argparse.Namespace, ranks: Ranks, llm: Any) -> int:
+    """The largest micro-batch up to 32 that fits at full size; the plain path, not compiled, keeps twice as much."""
+    config = Config(zero=arguments.zero, gradient_checkpointing=arguments.gradient_checkpointing)
+    model = dit("s3", PAPER, "meta", torch.bfloat16)
+    need = memory(config, ranks, model, 8, torch.bfloat16, weight_bytes(llm), [(256, 256)])
+    return next((n for n in (32, 16, 8, 4, 2) if need.fits(n * (2 if arguments.plain else 1))), 1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; rank 0 writes bench/results/throughput-DEVICE.json."""
     parser = argparse.ArgumentParser(
@@ -197,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["b1", "s2", "s3"])
     parser.add_argument("--plain", nargs="*", choices=STRATEGIES[:-1], default=["s2"], help="also by the plain path")
     parser.add_argument("--tokens", **number, default=128 if full else 32, help="a caption (default %(default)s)")
-    parser.add_argument("--micro-batch", **number, default=32 if full else 4, help="default %(default)s")
+    parser.add_argument("--micro-batch", **number, help="default: 4 on a CPU; on a GPU 32, or what of it fits")
     parser.add_argument("--accumulate", **number, default=1, help="micro-steps of a step (default %(default)s)")
     parser.add_argument("--steps", **number, default=10, help="timed steps (default %(default)s)")
     parser.add_argument("--warmup", **number, default=3, help="steps before (default %(default)s)")
@@ -208,32 +217,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
     arguments = parser.parse_args(argv)
     for name in ("tokens", "micro_batch", "accumulate", "steps"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: wanted at least 1, got {getattr(arguments, name)}")
+    if arguments.zero == 3 and arguments.plain:
+        parser.error("--zero: wanted 0 to 2 with --plain, which calls parts of a block, got 3; give --plain nothing")
     ranks, setting, rows = start(), PAPER if full else REDUCED, []
     llm = language_model(setting, ranks.device, torch.bfloat16)
-    for path, strategies in (("ours", arguments.strategies), ("plain", arguments.plain)):
+    if arguments.micro_batch is None:
+        arguments.micro_batch = fitting(arguments, ranks, llm) if full else 4
+    about = {
+        **provenance.header(),
+        "setting": setting.name,
+        "world": ranks.world,
+        "micro_batch": arguments.micro_batch,
+        "zero": arguments.zero,
+        "tokens": arguments.tokens,
+        "padded_to": max(setting.tokens),
+    }
+    path = provenance.result_path("throughput" if ranks.world == 1 else f"throughput {ranks.world} ranks")
+    for way, strategies in (("ours", arguments.strategies), ("plain", arguments.plain)):
         for strategy in strategies:
             parts = make_parts(arguments, setting, strategy, ranks, llm)
-            rows.append(measure(parts, path, arguments, setting))
+            rows.append(measure(parts, way, arguments, setting))
+            if ranks.first:  # after every one: the next may not fit
+                path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
             parts.engine.destroy()
             del parts
             gc.collect()
             if full:
                 torch.cuda.empty_cache()
     if ranks.first:
-        result = {
-            **provenance.header(),
-            "setting": setting.name,
-            "world": ranks.world,
-            "micro_batch": arguments.micro_batch,
-            "zero": arguments.zero,
-            "tokens": arguments.tokens,
-            "padded_to": max(setting.tokens),
-            "rows": rows,
-        }
-        path = provenance.result_path("throughput" if ranks.world == 1 else f"throughput {ranks.world} ranks")
-        path.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {path}; `python -m bench.report` puts it into the README")
     return 0
 

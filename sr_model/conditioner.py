@@ -26,7 +26,7 @@ class Conditioner(nn.Module):
     The K/V projections of all D blocks are one parameter, so that one batched product serves them.
 
     fold: whether the context embedder is folded into the projections: None by the rule, True and False always and never
-        (to compare them). Without gradients the folded weights are kept until a parameter changes.
+        (to compare them).
     """
 
     fold: bool | None = None
@@ -38,7 +38,6 @@ class Conditioner(nn.Module):
         self.embed = nn.Linear(text_dim, text_dim)
         self.kv_weight = nn.Parameter(torch.empty(depth, 2 * kv_heads * head_dim, text_dim))  # keys, then values
         self.k_norm = nn.Parameter(torch.ones(depth, head_dim))
-        self._folded: tuple[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]] | None = None
         for weight in self.kv_weight.detach().unbind():  # per projection, so that the fans are those of one Linear
             for half in weight.chunk(2):
                 nn.init.xavier_uniform_(half)
@@ -46,8 +45,8 @@ class Conditioner(nn.Module):
     def folds(self, tokens: int, rows: int, times: int = 1) -> bool:
         """Whether folding is the cheaper way for `tokens` text tokens and `rows` fused states (1 or D) a token.
 
-        times: how often keys and values are made from the same weights without gradients (sampling steps). A backward
-        pass costs both ways twice their forward pass, so that the rule is the same in training.
+        times: how often keys and values are made with what `folded` gives once (sampling steps). A backward pass costs
+        both ways twice their forward pass, so that the rule is the same in training.
         """
         if self.fold is not None:
             return self.fold
@@ -55,19 +54,10 @@ class Conditioner(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """W_d W_e diag(g) [D, 2 Hkv hd, C] and W_d b_e [D, 2 Hkv hd] in the parameters' dtype."""
-        parameters = (self.norm.weight, self.embed.weight, self.embed.bias, self.kv_weight)
-        keep = not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)) and not torch.is_inference(
-            self.kv_weight
-        )
-        key = tuple((p.data_ptr(), p._version) for p in parameters) if keep else ()
-        if keep and self._folded is not None and self._folded[0] == key:
-            return self._folded[1]
         dtype = self.kv_weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         embed = (self.embed.weight.to(wide) * self.norm.weight).to(dtype)  # [C, C]
-        pair = self.kv_weight @ embed, self.kv_weight @ self.embed.bias
-        self._folded = (key, pair) if keep else None
-        return pair
+        return self.kv_weight @ embed, self.kv_weight @ self.embed.bias
 
     @staticmethod
     def _project(x: Tensor, weight: Tensor) -> Tensor:
@@ -76,20 +66,22 @@ class Conditioner(nn.Module):
             return F.linear(x[0], weight.flatten(0, 1)).unflatten(-1, (weight.shape[0], -1)).transpose(0, 1)
         return torch.bmm(x, weight.transpose(1, 2))
 
-    def forward(self, text: TextFeatures, alpha: Tensor, times: int = 1) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, text: TextFeatures, alpha: Tensor, folded: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """alpha [1|B, 1|D, L] over text's L layers -> k, v, each [D, T, Hkv, hd] in the parameters' dtype.
 
-        times: as in `folds`.
+        folded: what `folded` gave for these parameters, where it is there already.
         """
         dtype = self.kv_weight.dtype
         shared = alpha.shape[0] == 1
         weights = alpha[0] if shared else alpha
         cu_seqlens, stats = None if shared else text.cu_seqlens, (text.mean, text.rstd)
         rows, tokens = alpha.shape[1], text.cu_seqlens_host[-1]
-        if self.folds(tokens, rows, 1 if torch.is_grad_enabled() else times):
+        if folded is not None or self.folds(tokens, rows):
             fused, squares = route(text.hidden, weights, cu_seqlens=cu_seqlens, stats=stats, return_sumsq=True)
             factor = torch.rsqrt(squares / text.width + self.eps)[..., None]  # [1|D, T, 1], the RMSNorm's
-            weight, bias = self.folded()
+            weight, bias = self.folded() if folded is None else folded
             kv = torch.addcmul(bias[:, None].to(factor.dtype), self._project(fused.to(dtype), weight), factor).to(dtype)
         else:
             fused = route(text.hidden, weights, cu_seqlens=cu_seqlens, stats=stats)

@@ -7,11 +7,13 @@ configuration or a change of sign here, so that the model itself knows one conve
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
@@ -50,7 +52,7 @@ GATE_KEYS = {"in_weight": "0.weight", "in_bias": "0.bias", "out_weight": "2.weig
 def read_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
     """The tensors of a state dict, a .safetensors or torch file, or a folder of .safetensors shards.
 
-    Raises: FileNotFoundError, ValueError for a folder without shards.
+    Raises: FileNotFoundError, ValueError for a folder without shards or a file that cannot be read.
     """
     if isinstance(source, Mapping):
         return dict(source)
@@ -59,12 +61,16 @@ def read_state(source: Mapping[str, Tensor] | str | Path) -> dict[str, Tensor]:
         shards = sorted(path.glob("*.safetensors"))
         if not shards:
             raise ValueError(f"path: wanted a folder with .safetensors files, found none in {path}")
-        return {key: value for shard in shards for key, value in load_file(shard).items()}
+        return {key: value for shard in shards for key, value in read_state(shard).items()}
     if not path.is_file():
         raise FileNotFoundError(f"path: no checkpoint at {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"path: wanted a .safetensors or torch file, cannot read {path}: {reason}") from None
 
 
 def _strategy_of(state: Mapping[str, Tensor], strategy: str | None) -> str:
@@ -121,16 +127,18 @@ def load_authors_checkpoint(
     if first_layer is not None:
         raise ValueError(f"first_layer: only for joint-attention checkpoints, got {first_layer}")
     strategy = _strategy_of(state, strategy)
-    depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"layers\.(\d+)\.", key)))
+    depth = _depth(state)
 
     def size(key: str, dim: int) -> int:
         if key not in state:
             raise ValueError(f"source: the tensor {key} is missing")
+        if state[key].ndim <= dim or not state[key].numel():
+            raise ValueError(f"source: {key} wants more dimensions, the checkpoint gives {list(state[key].shape)}")
         return state[key].shape[dim]
 
     def gates(prefix: str) -> dict[str, Tensor]:
         names = [prefix] if strategy == "s1" else [f"{prefix}.{d}" for d in range(depth)]
-        return {ours: torch.stack([pop(f"{n}.weight_generator.{k}") for n in names]) for ours, k in GATE_KEYS.items()}
+        return {ours: stack(f"{n}.weight_generator.{k}" for n in names) for ours, k in GATE_KEYS.items()}
 
     head_dim = size("layers.0.self_attn.q_norm.weight", 0)
     layers = getattr(getattr(llm_config, "text_config", llm_config), "num_hidden_layers", None)
@@ -162,23 +170,39 @@ def load_authors_checkpoint(
             raise ValueError(f"source: the tensor {key} is missing")
         return state.pop(key)
 
+    def stack(keys: Iterable[str]) -> Tensor:
+        tensors = {key: pop(key) for key in keys}
+        first, shape = next((key, list(tensor.shape)) for key, tensor in tensors.items())
+        for key, tensor in tensors.items():
+            if list(tensor.shape) != shape:
+                raise ValueError(f"source: {key} has shape {list(tensor.shape)}, {first} {shape}: wanted them alike")
+        return torch.stack(list(tensors.values()))
+
     ours = {name: pop(key) for name, key in TOP_KEYS.items()}
     for d in range(depth):
         ours |= {f"blocks.{d}.{name}": pop(f"layers.{d}.{key}") for name, key in BLOCK_KEYS.items()}
-    kv = [torch.cat([pop(f"layers.{d}.cross_attn.text_{x}_proj.weight") for x in "kv"]) for d in range(depth)]
-    ours["conditioner.kv_weight"] = torch.stack(kv)
-    ours["conditioner.k_norm"] = torch.stack([pop(f"layers.{d}.cross_attn.k_norm.weight") for d in range(depth)])
+    kv = stack(f"layers.{d}.cross_attn.text_{x}_proj.weight" for d in range(depth) for x in "kv")  # [2D, Hkv*hd, C]
+    ours["conditioner.kv_weight"] = kv.unflatten(0, (depth, 2)).flatten(1, 2)
+    ours["conditioner.k_norm"] = stack(f"layers.{d}.cross_attn.k_norm.weight" for d in range(depth))
     ours["proj_out.weight"] = -pop("proj_out.weight")  # their velocity is noise - data
     ours["proj_out.bias"] = -pop("proj_out.bias")
     if strategy == "b3":
         ours["fusion.logits"] = pop("text_fusion_weight")[None]
     elif strategy == "s2":
-        ours["fusion.logits"] = torch.stack([pop(f"text_fusion_weights.{d}") for d in range(depth)])
+        ours["fusion.logits"] = stack(f"text_fusion_weights.{d}" for d in range(depth))
     elif strategy in ("s1", "s3"):
         prefix = "text_fusion_module" if strategy == "s1" else "text_fusion_modules"
         ours |= {f"fusion.{name}": value for name, value in gates(prefix).items()}
     _assign(model, ours, state)
     return model
+
+
+def _depth(state: Mapping[str, Tensor]) -> int:
+    """Number of blocks. Raises: ValueError where there are none."""
+    depth = 1 + max((int(m[1]) for key in state if (m := re.match(r"layers\.(\d+)\.", key))), default=-1)
+    if not depth:
+        raise ValueError("source: the checkpoint has no layers.* tensors")
+    return depth
 
 
 def _assign(model: nn.Module, ours: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> None:
@@ -198,7 +222,7 @@ def _fusedit(state: dict[str, Tensor], llm_config: Any, first_layer: int | None)
     if llm_config is None:
         raise ValueError("llm_config: wanted the LLM's transformers config for a 'fusedit' checkpoint, got None")
     config = getattr(llm_config, "text_config", llm_config)
-    depth = 1 + max(int(m[1]) for key in state if (m := re.match(r"layers\.(\d+)\.", key)))
+    depth = _depth(state)
 
     def pop(key: str) -> Tensor:
         if key not in state:

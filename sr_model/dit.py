@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from sr_model.conditioner import Conditioner
 from sr_model.flow import sigma_of
-from sr_model.fusion import build_fusion, layers_read
+from sr_model.fusion import DEPTH_WISE, build_fusion, layers_read
 from sr_model.layers import CHECKPOINTING, Block, RecomputingBlock, image_rope
 from sr_model.text_features import TextFeatures, TextKV
 
@@ -158,19 +159,29 @@ class DiT(ImageTransformer):
             raise ValueError("num_layers: wanted the number of LLM layers, the model's text_layers is None")
         return self.fusion(seen, n)
 
-    def condition(self, text: TextFeatures, gate_time: Tensor, times: int = 1) -> TextKV:
-        """Keys and values of all blocks from features; gate_time [B] or [1].
+    @apply_forward_hook  # a model that waits on the CPU comes for this as for `forward`
+    def folded(self, text: TextFeatures, times: int) -> tuple[Tensor, Tensor] | None:
+        """What `condition` may be given to be asked `times` times with these weights; None where folding is dearer."""
+        rows = self.config.depth if self.config.strategy in DEPTH_WISE else 1
+        folds = self.conditioner.folds(text.cu_seqlens_host[-1], rows, times)
+        return self.conditioner.folded() if folds else None
 
-        times: how often this is asked with the same weights (sampling steps): see `Conditioner.folds`.
+    @apply_forward_hook
+    def condition(self, text: TextFeatures, gate_time: Tensor, folded: tuple[Tensor, Tensor] | None = None) -> TextKV:
+        """Keys and values of all blocks from features; gate_time [B] or [1]. Nothing is sent to the device.
 
         Raises: ValueError naming the layers that are missing from the features.
         """
-        n = self.config.text_layers or max(text.layer_ids)
-        alpha = self.fusion_weights(gate_time, n)
+        n = self.config.text_layers or self._text_layers(text)
         text = text.select(layers_read(self.config.strategy, n))
-        alpha = alpha[..., [i - 1 for i in text.layer_ids]]
-        k, v = self.conditioner(text, alpha.to(text.mean.dtype), times)
+        alpha = self.fusion_weights(gate_time, n)[..., text.layer_ids[0] - 1 : text.layer_ids[-1]]
+        k, v = self.conditioner(text, alpha.to(text.mean.dtype), folded)
         return TextKV(k, v, text.cu_seqlens, text.cu_seqlens_host)
+
+    def _text_layers(self, text: TextFeatures) -> int:
+        """The LLM's layers where only the features tell: all of them, or b1's penultimate one alone."""
+        alone = self.config.strategy == "b1" and len(text.layer_ids) == 1
+        return max(text.layer_ids) + alone
 
     def forward(self, x: Tensor, t: Tensor, text: TextFeatures | TextKV, gate_time: Tensor | None = None) -> Tensor:
         """Velocity data - noise.

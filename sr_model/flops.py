@@ -14,10 +14,9 @@ from typing import Any, TypeAlias
 
 from sr_model.dit import DiT
 from sr_model.fusedit import FuseDiT
-from sr_model.fusion import STATIC_IN_TIME, layers_read
+from sr_model.fusion import DEPTH_WISE, STATIC_IN_TIME, layers_read
 
 Transformer: TypeAlias = "DiT | FuseDiT"
-DEPTH_WISE = ("s2", "s3")
 
 
 @dataclass(frozen=True)

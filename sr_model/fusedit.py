@@ -54,7 +54,7 @@ class JointAttention(nn.Module):
             keys.index_copy_(0, at, k)
             values.index_copy_(0, at, v)
         out = varlen_attention(q, keys, values, cu_q, cu_k, n, max_k)  # [B*N, Hq, hd]
-        return self.o_proj(out.view(batch, n, -1))
+        return self.o_proj(out.reshape(batch, n, -1))
 
 
 class JointBlock(RecomputingBlock):

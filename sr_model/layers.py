@@ -98,8 +98,9 @@ class CrossAttention(nn.Module):
         batch, n, _ = x.shape
         q = self.q_proj(x).view(batch * n, self.heads, self.head_dim)
         q = qk_norm_rope(q, self.q_norm, None, self.eps)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast the conditioner's products may stay in fp32
         out = varlen_attention(q, k, v, cu_q, cu_k, n, max_k)  # [B*N, Hq, hd]
-        return self.o_proj(out.view(batch, n, -1))
+        return self.o_proj(out.reshape(batch, n, -1))
 
 
 class SwiGLU(nn.Module):

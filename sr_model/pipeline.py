@@ -17,7 +17,7 @@ from sr_model.flow import sigma_of
 from sr_model.fusedit import FuseDiT
 from sr_model.fusion import STATIC_IN_TIME
 from sr_model.text_encoder import TextEncoder, language_model
-from sr_model.text_features import TextFeatures, TextKV
+from sr_model.text_features import Places, TextFeatures, TextKV
 
 
 def captured(step: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -76,6 +76,27 @@ class SemanticRoutingPipeline(DiffusionPipeline):
             prompt_template=prompt_template, max_prompt_tokens=max_prompt_tokens, default_size=default_size
         )
         self._encoder: TextEncoder | None = None
+        self._guidance_scale, self._num_timesteps, self._interrupt = 1.0, 0, False
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the running or last call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether that call also runs the negative prompts."""
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """Its number of steps."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set `_interrupt`: no further step is taken."""
+        return self._interrupt
 
     @property
     def codec(self) -> PixelCodec | VaeCodec:
@@ -84,15 +105,19 @@ class SemanticRoutingPipeline(DiffusionPipeline):
 
     def encode_prompt(self, prompts: list[str]) -> TextFeatures | TextKV:
         """Features of the prompts at the layers the transformer reads; for a FuseDiT the LLM's keys and values."""
-        if self._encoder is None or self._encoder.llm is not self.text_encoder:
-            self._encoder = TextEncoder(
-                self.text_encoder,
+        hook: Any = getattr(self.text_encoder, "_hf_hook", None)
+        if hasattr(hook, "pre_forward"):
+            hook.pre_forward(self.text_encoder)  # it waits on the CPU, and its own forward is not what is called
+        llm, encoder = language_model(self.text_encoder), self._encoder
+        if encoder is None or encoder.llm is not llm or encoder.tokenizer is not self.tokenizer:
+            encoder = self._encoder = TextEncoder(
+                llm,
                 self.tokenizer,
-                **self.transformer.reads(language_model(self.text_encoder).config.num_hidden_layers),
                 template=self.config.prompt_template,
                 max_tokens=self.config.max_prompt_tokens,
             )
-        return self._encoder.encode(prompts)
+        encoder.read(**self.transformer.reads(encoder.num_layers))
+        return encoder.encode(prompts)
 
     @torch.no_grad()
     def __call__(
@@ -118,7 +143,7 @@ class SemanticRoutingPipeline(DiffusionPipeline):
             negative_prompt: what guidance steers away from; one for all, or one a prompt. Default: the empty prompt.
             height, width: pixels; default `default_size`.
             num_inference_steps: Euler steps.
-            guidance_scale: classifier-free guidance v = v_neg + scale (v - v_neg); 1 runs the prompt alone.
+            guidance_scale: classifier-free guidance v = v_neg + scale (v - v_neg); at most 1 runs the prompt alone.
             num_images_per_prompt: pictures of every prompt, side by side in the result.
             generator: one for the batch, or one a picture (then a picture does not depend on its batch).
             latents: the starting noise [B, channels, h, w], in place of the generator's.
@@ -127,9 +152,10 @@ class SemanticRoutingPipeline(DiffusionPipeline):
 
         Raises: ValueError naming the argument.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("prompt: wanted at least one prompt, got an empty list")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompt: wanted a string or a list of at least one, got {prompt!r}")
+        prompts = list(prompts)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type: wanted pil, np, pt or latent, got {output_type!r}")
         if num_inference_steps < 1:
@@ -145,16 +171,18 @@ class SemanticRoutingPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs: wanted {self._callback_tensor_inputs}, got {unknown}"
             )
         dit, codec = self.transformer, self.codec
-        height, width = height or self.config.default_size, width or self.config.default_size
+        height = self.config.default_size if height is None else height
+        width = self.config.default_size if width is None else width
         batch = len(prompts) * num_images_per_prompt
         shape = (batch, *codec.latent_shape(height, width))
-        if shape[2] % dit.config.patch_size or shape[3] % dit.config.patch_size:
+        if min(height, width) < 1 or shape[2] % dit.config.patch_size or shape[3] % dit.config.patch_size:
             side = dit.config.patch_size * codec.factor
             raise ValueError(f"height, width: wanted multiples of {side}, got {height} and {width}")
-        device, dtype = dit.device, dit.dtype
+        device, dtype = self._execution_device, dit.dtype
         x = self._starting_noise(shape, generator, latents).to(device)
 
-        guided = guidance_scale != 1.0
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, num_inference_steps, False
+        guided = self.do_classifier_free_guidance
         if guided and len(negatives) == 1:
             negatives = negatives * len(prompts)
         asked = [*negatives, *prompts] if guided else prompts
@@ -163,6 +191,8 @@ class SemanticRoutingPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         with self.progress_bar(total=num_inference_steps) as bar:
             for i, timestep in enumerate(self.scheduler.timesteps):
+                if self.interrupt:
+                    break
                 t = sigma_of(timestep.float() / self.scheduler.config.num_train_timesteps).view(1)
                 x_in = torch.cat([x, x]) if guided else x
                 v = velocity(x_in.to(dtype), t).float()
@@ -184,15 +214,16 @@ class SemanticRoutingPipeline(DiffusionPipeline):
         """The velocity (x [B, ...], t [1]) for these B prompts. Each different prompt is encoded and projected once."""
         dit = self.transformer
         different = list(dict.fromkeys(prompts))
-        places = [different.index(p) for p in prompts]
         text = self.encode_prompt(different)
+        places = Places.of(text, [different.index(p) for p in prompts])  # here: a captured step sends nothing
         if isinstance(text, TextKV):
             tapped = text.take(places)
             return lambda x, t: dit(x, t, tapped)
         if self.cache_text_kv and dit.config.strategy in STATIC_IN_TIME:  # one set of keys and values serves all steps
-            kv = dit.condition(text, torch.zeros(1, device=dit.device)).take(places)
+            kv = dit.condition(text, torch.zeros(1, device=text.mean.device)).take(places)
             return lambda x, t: dit(x, t, kv)
-        return lambda x, t: dit(x, t, dit.condition(text, t, times=steps).take(places))
+        folded = dit.folded(text, steps)
+        return lambda x, t: dit(x, t, dit.condition(text, t, folded).take(places))
 
     @staticmethod
     def _starting_noise(

@@ -10,6 +10,8 @@ import torch
 
 from sr_model.pipeline import SemanticRoutingPipeline
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; writes one PNG a picture and prints its path."""
@@ -23,10 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--negative", default=None, help="negative prompt")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture; the next ones count up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help="of weights; default: bf16 on a GPU, else fp32")
     args = parser.parse_args(argv)
     if not (args.pipeline / "model_index.json").is_file():
         parser.error(f"pipeline: wanted a folder with a model_index.json, found none in {args.pipeline}")
-    pipe = SemanticRoutingPipeline.from_pretrained(args.pipeline).to(args.device)
+    dtype = DTYPES[args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")]
+    pipe = SemanticRoutingPipeline.from_pretrained(args.pipeline, torch_dtype=dtype).to(args.device)
     count = len(args.prompt) * args.images
     try:
         images = pipe(

@@ -2,7 +2,8 @@
 
 - packed: no padding is computed; attention runs through `sr_kernels.varlen_attention`
 - no LM head is loaded, no layer above the highest one asked for is run
-- prompts already seen come from a bounded cache keyed by their tokens; its answers do not depend on its history
+- prompts already seen come from a bounded cache keyed by their tokens and what is read; its answers do not depend on
+  its history
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class TextEncoder:
     """Prompts -> TextFeatures, or with `kv_layers` -> TextKV: the LLM's own keys and values.
 
     Args:
-        llm: a transformers model; frozen and set to our attention here.
+        llm: a transformers model; frozen here, its attention ours while it encodes.
         tokenizer: its tokenizer.
         layer_ids: hidden states to return, 1..num_layers (default all): n is the output of layer n, the last one after
             the final norm.
@@ -86,7 +87,6 @@ class TextEncoder:
         if max_tokens < 1:
             raise ValueError(f"max_tokens: wanted at least 1, got {max_tokens}")
         self.llm = language_model(llm).eval().requires_grad_(False)
-        self.llm.set_attn_implementation(ATTENTION)
         self.tokenizer = tokenizer
         self.num_layers: int = len(self.llm.layers)
         self.read(layer_ids, kv_layers)
@@ -94,7 +94,7 @@ class TextEncoder:
         self.truncated = 0  # prompts cut at max_tokens so far
         self.encoded = 0  # prompts that went through the LLM so far
         self.flops = 0  # and the floating-point operations that took
-        self._cache: OrderedDict[tuple[int, ...], TextFeatures | TextKV] = OrderedDict()
+        self._cache: OrderedDict[tuple[Any, ...], TextFeatures | TextKV] = OrderedDict()
         self._cached_bytes = 0
 
     @classmethod
@@ -139,18 +139,20 @@ class TextEncoder:
         if not self.cache_bytes:
             return self.encode_tokens(tokens)
         # One at a time: a prompt's bits must not depend on its neighbours, or a resumed run would differ from this one.
-        fresh = {row: self.encode_tokens([row]).clone() for row in dict.fromkeys(tokens) if row not in self._cache}
+        weight = next(self.llm.parameters())
+        asked = [(row, self.layer_ids, self.kv_layers, weight.device, weight.dtype) for row in tokens]
+        fresh = {key: self.encode_tokens(key[:1]).clone() for key in dict.fromkeys(asked) if key not in self._cache}
         batch = []
-        for row in tokens:
-            if row in self._cache:
-                self._cache.move_to_end(row)
-            batch.append(fresh[row] if row in fresh else self._cache[row])
-        for row, features in fresh.items():
-            self._keep(row, features)
+        for key in asked:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+            batch.append(fresh[key] if key in fresh else self._cache[key])
+        for key, features in fresh.items():
+            self._keep(key, features)
         return (TextFeatures if self.kv_layers is None else TextKV).cat(batch)  # type: ignore[arg-type]
 
-    def _keep(self, row: tuple[int, ...], features: TextFeatures | TextKV) -> None:
-        self._cache[row] = features
+    def _keep(self, key: tuple[Any, ...], features: TextFeatures | TextKV) -> None:
+        self._cache[key] = features
         self._cached_bytes += features.nbytes
         while self._cached_bytes > self.cache_bytes:
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
@@ -178,8 +180,9 @@ class TextEncoder:
             (self.llm.norm if i == self.num_layers else self.llm.layers[i - 1]).register_forward_hook(keep(i))
             for i in self.layer_ids
         ]
-        layers = self.llm.layers
-        self.llm.layers = layers[: self.layers_run]
+        layers, config = self.llm.layers, self.llm.config
+        attention = config._attn_implementation
+        self.llm.layers, config._attn_implementation = layers[: self.layers_run], ATTENTION
         taps: dict[int, Any] | None = None if self.kv_layers is None else dict.fromkeys(self.kv_layers)
         try:
             self.llm(
@@ -193,7 +196,7 @@ class TextEncoder:
                 taps=taps,
             )
         finally:
-            self.llm.layers = layers
+            self.llm.layers, config._attn_implementation = layers, attention
             for handle in handles:
                 handle.remove()
         self.encoded += len(tokens)

@@ -106,9 +106,8 @@ class TextFeatures:
 
     def clone(self) -> TextFeatures:
         """Own memory, hidden as one tensor: what a cache keeps."""
-        return TextFeatures.pack(
-            self.stacked.clone(), self.lengths, self.layer_ids, (self.mean.clone(), self.rstd.clone())
-        )
+        hidden = self.hidden.clone() if isinstance(self.hidden, Tensor) else self.stacked
+        return TextFeatures.pack(hidden, self.lengths, self.layer_ids, (self.mean.clone(), self.rstd.clone()))
 
     def double(self) -> TextFeatures:
         """The same features in fp64 with fp64 statistics: for reference runs."""
@@ -197,10 +196,32 @@ class TextKV:
         """Bytes of keys and values."""
         return self.k.nbytes + self.v.nbytes
 
-    def take(self, prompts: Sequence[int]) -> TextKV:
-        """The keys and values of `prompts`, by their places in this batch; any number of times, in any order."""
-        if tuple(prompts) == tuple(range(self.batch)):
+    def take(self, places: Places) -> TextKV:
+        """The keys and values of these prompts of the batch."""
+        if places.rows is None:
             return self
-        spans = [self.cu_seqlens_host[i : i + 2] for i in prompts]
-        rows = torch.tensor([t for a, b in spans for t in range(a, b)]).to(self.k.device, non_blocking=True)
-        return TextKV.pack(self.k.index_select(1, rows), self.v.index_select(1, rows), [b - a for a, b in spans])
+        k, v = (part.index_select(1, places.rows) for part in (self.k, self.v))
+        return TextKV(k, v, places.cu_seqlens, places.cu_seqlens_host)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which prompts of a packed batch to take: each any number of times, in any order. Make one with `of`.
+
+    rows: their tokens' rows, on the device; None where it is the whole batch as it is. The rest as in TextFeatures.
+    """
+
+    rows: Tensor | None
+    cu_seqlens: Tensor
+    cu_seqlens_host: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: TextFeatures | TextKV, prompts: Sequence[int]) -> Places:
+        """The prompts by their places in `batch`."""
+        if tuple(prompts) == tuple(range(batch.batch)):
+            return cls(None, batch.cu_seqlens, batch.cu_seqlens_host)
+        spans = [batch.cu_seqlens_host[i : i + 2] for i in prompts]
+        bounds = (0, *itertools.accumulate(b - a for a, b in spans))
+        device = batch.cu_seqlens.device
+        rows = torch.tensor([row for a, b in spans for row in range(a, b)]).to(device, non_blocking=True)
+        return cls(rows, torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True), bounds)

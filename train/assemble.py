@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,20 +156,21 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
     except ValueError as error:
         raise ConfigError(f"model.{error}") from None
     encoder.read(**shape.reads(encoder.num_layers))
-    for line in preflight.check(
+    micro, lines = preflight.check(
         config, ranks, shape, codec.factor, dtype,
         f"{config.text.llm} with {encoder.num_layers} layers, {len(encoder.kv_layers or encoder.layer_ids)} read",
         weight_bytes(encoder.llm) + (weight_bytes(codec.vae) if isinstance(codec, VaeCodec) else 0),
         data["train"], moments is not None,
-    ):  # fmt: skip
+    )  # fmt: skip
+    for line in lines:
         say(line)
+    config = replace(config, micro_batch_size=micro)
 
     torch.manual_seed(config.seed)
     model = new_model("cpu").to(ranks.device)
     model.enable_gradient_checkpointing(config.gradient_checkpointing)
     engine = build_engine(model, config, ranks.world, dtype == torch.bfloat16)
     ema = Ema(engine, config.optim.ema)
-    micro = engine.train_micro_batch_size_per_gpu()
     loader = TrainLoader(
         data["train"], list(config.data.captions), moments, micro, config.batch_size, config.data.workers, config.seed
     )

@@ -187,7 +187,7 @@ class Config:
         steps: optimiser steps.
         stop_at: end (with a checkpoint) after this step, as if interrupted; the schedule still spans `steps`.
         batch_size: samples in an optimiser step, over all ranks.
-        micro_batch_size: samples in one forward pass of one rank; default: no gradient accumulation.
+        micro_batch_size: samples in one forward pass of one rank; default: its share of the batch, or what of it fits.
         zero: DeepSpeed ZeRO stage.
         dtype: of the DiT; fp32 masters are kept under bf16. auto: bf16 where the device is fast at it.
         gradient_checkpointing: what of a block the backward pass recomputes: none; selective, all but matrix products

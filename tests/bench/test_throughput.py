@@ -1,11 +1,15 @@
 """The training step's benchmark at a tiny size: the program's own step, by our path and by the plain one."""
 
 import json
+from argparse import Namespace
 
 import pytest
+import torch
 
 from bench import provenance, tables, throughput
+from bench.setting import PAPER, language_model
 from tests.bench.test_overhead import TINY
+from train.distributed import Ranks
 from train.runlog import PARTS
 
 
@@ -40,7 +44,24 @@ def test_a_step_is_measured_by_both_paths(tmp_path, monkeypatch):
     assert len(tables.throughput_table(result).splitlines()) == 7
 
 
-def test_counts_are_checked(capsys):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--micro-batch=0"], "--micro-batch: wanted at least 1, got 0"),
+        (["--zero=3"], "--zero: wanted 0 to 2 with --plain"),
+    ],
+)
+def test_arguments_are_checked(capsys, flags, message):
     with pytest.raises(SystemExit):
-        throughput.main(["--micro-batch", "0"])
-    assert "--micro-batch: wanted at least 1, got 0" in capsys.readouterr().err
+        throughput.main(flags)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gib", "plain", "micro"), [(140, ["s2"], 32), (79, ["s2"], 8), (79, [], 16)])
+def test_the_micro_batch_is_what_fits_a_gpu(monkeypatch, gib, plain, micro):
+    """At full size: 53 GiB of weights, optimiser and LLM, and 0.94 GiB a picture, twice that by the plain path."""
+    arguments = Namespace(zero=2, gradient_checkpointing="none", plain=plain)
+    ranks = Ranks(0, 1, 0, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Namespace(total_memory=gib << 30))
+    llm = language_model(PAPER, torch.device("meta"), torch.bfloat16)
+    assert throughput.fitting(arguments, ranks, llm) == micro

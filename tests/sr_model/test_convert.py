@@ -51,11 +51,13 @@ def test_joint_attention_refusals(tokenizer):
         ({}, {}, "llm_config: wanted the LLM's"),
         ({}, {"strategy": "s2", "llm_config": FUSED_LLM}, "those of 'fusedit', got 's2'"),
         ({}, {"llm_config": FUSED_LLM, "first_layer": 4}, "first_layer: wanted 0 to 3, got 4"),
+        ({"dit.layers": None}, {"llm_config": FUSED_LLM}, r"no layers.\* tensors"),
         ({"dit.extra": torch.zeros(1)}, {"llm_config": FUSED_LLM}, "1 unknown tensors, the first named 'extra'"),
         ({"dit.proj_out.bias": torch.zeros(3)}, {"llm_config": FUSED_LLM}, r"proj_out.bias wants shape \[64\]"),
     ):
+        changed = {k: v for k, v in state.items() if not any(v is None and k.startswith(c) for c, v in change.items())}
         with pytest.raises(ValueError, match=message):
-            load_authors_checkpoint({**state, **change}, **arguments)
+            load_authors_checkpoint({**changed, **{k: v for k, v in change.items() if v is not None}}, **arguments)
     for key, message in (("llm.norm.weight", "llm.norm.weight is missing"), ("llm.", "no llm")):
         with pytest.raises(ValueError, match=message):
             load_authors_llm({k: v for k, v in state.items() if not k.startswith(key)}, FUSED_LLM)
@@ -92,10 +94,19 @@ def test_refusals_name_what_is_wrong(tmp_path):
         ({k: v for k, v in state.items() if k != "layers.1.mlp.up_proj.weight"}, None, "layers.1.mlp.up_proj.weight"),
         ({**state, "extra": torch.zeros(1)}, None, "1 unknown tensors, the first named 'extra'"),
         ({**state, "proj_out.bias": torch.zeros(3)}, None, r"proj_out.bias wants shape \[64\], .* gives \[3\]"),
+        ({**state, "layers.1.cross_attn.text_k_proj.weight": torch.zeros(3)}, None, r"layers.1.cross_attn.text_k_proj"),
+        ({**state, "layers.0.cross_attn.text_v_proj.weight": torch.zeros(3, 3)}, None, "text_v_proj.weight has shape"),
+        ({**state, "layers.1.cross_attn.k_norm.weight": torch.zeros(3)}, None, "layers.1.cross_attn.k_norm.weight has"),
+        ({**state, "text_fusion_weights.1": torch.zeros(3)}, None, r"text_fusion_weights.1 has shape \[3\]"),
+        ({**state, "layers.0.self_attn.q_norm.weight": torch.zeros(0)}, None, "q_norm.weight wants more dimensions"),
         ({"a": torch.zeros(1)}, None, "not in the authors' released format"),
         (tmp_path, None, "found none"),
     ):
         with pytest.raises(ValueError, match=message):
             load_authors_checkpoint(source, strategy)
+    for name in ("a.safetensors", "a.pt"):
+        (tmp_path / name).write_bytes(b"no checkpoint")
+        with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+            load_authors_checkpoint(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_authors_checkpoint(tmp_path / "absent.safetensors")

@@ -73,6 +73,36 @@ def test_text_keys_are_rotated_by_their_place_in_their_own_prompt(tiny_dit):
     assert not torch.allclose(together.k[:, 1], unrotated.k[:, 1], atol=1e-2)
 
 
+def test_b1_takes_the_one_state_it_asked_for(tiny_dit):
+    """Where only the features tell the LLM's number of layers: all of them, or the penultimate one alone."""
+    model, text = tiny_dit("b1", text_layers=None), features()
+    alone = text.select(model.reads(4)["layer_ids"])
+    assert alone.layer_ids == (3,)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.5])
+    want = tiny_dit("b1")(x, t, text)
+    assert torch.equal(model(x, t, text), want)
+    assert torch.equal(model(x, t, alone), want)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_one_sample_trains_in_bf16_and_under_autocast(tiny_dit, fold):
+    """Against fp32: bf16 keeps 8 bits."""
+    x, t, text = torch.randn(1, 3, 8, 8), torch.tensor([0.5]), features((5,))
+    outs = {}
+    for way in ("fp32", "bf16", "autocast"):
+        model = tiny_dit("s3").train()
+        model.conditioner.fold = fold
+        dtype = torch.bfloat16 if way == "bf16" else torch.float32
+        model = torch.nn.Module.to(model, dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            out = model(x.to(dtype), t, text)
+        out.float().square().mean().backward()
+        outs[way] = out.detach().float()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    for way in ("bf16", "autocast"):
+        assert (outs[way] - outs["fp32"]).norm() <= 0.05 * outs["fp32"].norm(), way
+
+
 @pytest.mark.parametrize("strategy", ["b1", "s1", "s3"])
 def test_checkpointing_changes_no_gradient_and_every_parameter_has_one(tiny_dit, strategy):
     x, t, text = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7]), features()

@@ -21,6 +21,14 @@ def fusedit():
     return randomize(build("fusedit", "demo", rope_base=1e4, **sizes)).double().eval()
 
 
+def test_one_sample_trains_in_bf16(tokenizer, llm):
+    sizes = {k: v for k, v in TINY.items() if k != "text_dim"}
+    model = torch.nn.Module.to(randomize(build("fusedit", "demo", rope_base=1e4, **sizes)).train(), torch.bfloat16)
+    encoder = TextEncoder(copy.deepcopy(llm).bfloat16(), tokenizer, **model.reads(LLM_LAYERS))
+    model(torch.randn(1, 3, 8, 8).bfloat16(), torch.zeros(1), encoder.encode(["two"])).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def tapped(model, llm, tokenizer):
     encoder = TextEncoder(copy.deepcopy(llm).double(), tokenizer, **model.reads(LLM_LAYERS))
     return encoder.encode(PROMPTS)

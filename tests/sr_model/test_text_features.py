@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sr_model import TextFeatures, TextKV
+from sr_model.text_features import Places
 
 
 @settings(max_examples=20, deadline=None)
@@ -63,10 +64,10 @@ def test_refusals():
 def test_taking_prompts_gathers_their_keys_and_values():
     k, v = torch.randn(2, 6, 1, 4), torch.randn(2, 6, 1, 4)
     kv = TextKV(k, v, torch.tensor([0, 2, 6], dtype=torch.int32), (0, 2, 6))
-    taken = kv.take([1, 0, 1])
+    taken = kv.take(Places.of(kv, [1, 0, 1]))
     assert taken.cu_seqlens_host == (0, 4, 6, 10)
     assert taken.cu_seqlens.tolist() == [0, 4, 6, 10]
     assert taken.max_len == 4
     for before, after in ((k, taken.k), (v, taken.v)):
         assert torch.equal(after, torch.cat([before[:, 2:], before[:, :2], before[:, 2:]], 1))
-    assert kv.take([0, 1]) is kv
+    assert kv.take(Places.of(kv, [0, 1])) is kv
