@@ -140,12 +140,12 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
     data = open_data(config.data, ranks)
     check_image_size(config, 1, data)
     dtype = torch.float32
-    if config.dtype == "bf16" or (config.dtype == "auto" and fast_bf16(ranks.device)):
+    if config.dtype == "bf16" or (config.dtype == "auto" and all(ranks.gather(fast_bf16(ranks.device)))):
         dtype = torch.bfloat16
-    codec = load_codec(config, ranks, dtype)
+    codec = ranks.together(lambda: load_codec(config, ranks, dtype))
     check_image_size(config, codec.factor, data)
     moments = moments_shape([*data["train"], *data["val"]], codec)
-    encoder = load_encoder(config, ranks, dtype)
+    encoder = ranks.together(lambda: load_encoder(config, ranks, dtype))
     sizes |= {"in_channels": codec.channels, **llm_sizes(config, encoder)}
 
     def new_model(device: str) -> DiT | FuseDiT:

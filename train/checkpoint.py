@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import sys
 import threading
@@ -47,6 +48,12 @@ class CheckpointError(RuntimeError):
 
 def _name(step: int) -> str:
     return f"step-{step:07d}"
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The checkpoints in `folder` by step, in order, whole or not; nothing else that lies there."""
+    found = {int(m[1]): path for path in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d{7,})", path.name))}
+    return dict(sorted(found.items()))
 
 
 def sha256(path: Path) -> str:
@@ -159,7 +166,7 @@ class _Folder:
 
         def make() -> None:
             if self.ranks.first:
-                for left in self.folder.glob("partial-*"):
+                for left in self.folder.glob("partial-step-*"):
                     shutil.rmtree(left)
                 self.partial.mkdir(parents=True)
 
@@ -200,12 +207,13 @@ class _Folder:
             self.partial.rename(self.final)
             sync(self.folder)
             replace_text(self.folder / LATEST, self.final.name + "\n")
-            for old in [p for p in sorted(self.folder.glob("step-*")) if p.name <= self.final.name][: -self.keep]:
-                if not self.keep_every or int(old.name.removeprefix("step-")) % self.keep_every:
+            steps = _steps(self.folder)
+            for old in [step for step in steps if step <= self.step][: -self.keep]:
+                if not self.keep_every or old % self.keep_every:
                     try:
-                        shutil.rmtree(old)
+                        shutil.rmtree(steps[old])
                     except OSError as error:  # a reader on a network disk holds it open: the new one is whole
-                        print(f"checkpoint {old.name} cannot be deleted: {error}", file=sys.stderr, flush=True)
+                        print(f"checkpoint {_name(old)} cannot be deleted: {error}", file=sys.stderr, flush=True)
 
         self.together("finishing", rename)
         return self.final
@@ -316,7 +324,7 @@ def fault(path: Path, rank: int = 0, world: int = 1) -> str | None:
 
 def candidates(folder: Path) -> list[Path]:
     """Checkpoints to try: the one `latest` names, then the others, newest first."""
-    found = sorted(folder.glob("step-*"), reverse=True)
+    found = list(_steps(folder).values())[::-1]
     pointer = folder / LATEST
     named = folder / pointer.read_text(errors="replace").strip() if pointer.is_file() else None
     return [*(p for p in found if p == named), *(p for p in found if p != named)]

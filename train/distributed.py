@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from train.config import ConfigError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """`work()`, which calls no other rank. Raises: ConfigError on all ranks where one raises it."""
+        result, wrong = None, None
+        try:
+            result = work()
+        except ConfigError as error:
+            wrong = str(error)
+        if found := [error for error in self.gather(wrong) if error is not None]:
+            raise ConfigError(found[0])
+        return cast("Result", result)
 
 
 def start(timeout_seconds: float = 1800.0) -> Ranks:

@@ -30,6 +30,7 @@ from train.distributed import Alarm, Ranks
 PREEMPTED, STALLED = 75, 70  # exit codes: a checkpoint was written on a signal; a step did not end (sysexits.h)
 BEAT = 1.0  # seconds between a watchdog's looks
 GRACE = 2.0  # seconds for ranks to hear of one that failed or ended, more than between two looks
+SILENT = 120.0  # seconds after which a rank that tells nothing has gone, with its machine perhaps
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -155,6 +156,7 @@ class Places:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.store = None
+        self._heard: dict[int, tuple[bytes, float]] = {}  # what a rank told last, and when that was first seen
         if ranks.world > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             patience = timedelta(seconds=30)
@@ -175,6 +177,22 @@ class Places:
         asking.start()
         asking.join(5)
         return ["rank 0 was last heard of too long ago: it does not answer"] if asking.is_alive() else found
+
+    def silent(self, now: float) -> int | None:
+        """A rank that has told nothing new for SILENT seconds, by this process's own monotonic clock `now`."""
+        if self.store is None:
+            return None
+        keys = [f"place/{rank}" for rank in range(self.ranks.world)]
+        with contextlib.suppress(RuntimeError):  # the alarm's thread sees that the store has gone
+            told = self.store.multi_get(keys) if self.store.check(keys) else [
+                self.store.get(key) if self.store.check([key]) else b"" for key in keys
+            ]  # fmt: skip
+            for rank, place in enumerate(told):
+                if self._heard.get(rank, (None,))[0] != place:
+                    self._heard[rank] = place, now
+                elif now - self._heard[rank][1] > SILENT:
+                    return rank
+        return None
 
     def _ask(self, phase: str, step: int, found: list[str]) -> None:
         assert self.store is not None
@@ -215,9 +233,15 @@ class Watchdog:
                 os._exit(1)
 
     def _watch(self, places: Places) -> None:
+        looked = time.monotonic()
         while not self._done.wait(min(BEAT, self.seconds / 4)):
             since, phase, step = self._since, self._phase, self._step
             places.tell(phase, step)
+            if time.monotonic() - looked > SILENT / 12:
+                looked = time.monotonic()
+                if (rank := places.silent(looked)) is not None:
+                    print(f"error: rank {rank} was not heard of for {SILENT:g} s", file=sys.stderr, flush=True)
+                    os._exit(STALLED)
             if since is not None and time.monotonic() - since > self.seconds:
                 others = places.others(phase, step)
                 print(

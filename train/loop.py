@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -19,6 +20,7 @@ from train import checkpoint
 from train.assemble import Parts, assemble
 from train.config import Config, ConfigError
 from train.data import lost_worker
+from train.disk import alone, replace_text
 from train.distributed import Ranks, peak_flops, start
 from train.draws import draw
 from train.evaluate import Evaluator, fusion_row, score_table
@@ -26,6 +28,8 @@ from train.guards import PREEMPTED, Guard, NonFiniteSteps, Watchdog, skip_step
 from train.latents import latent_shape, to_latents
 from train.pictures import loss_curve, sample_grid
 from train.runlog import PARTS, Clock, RunLog
+
+PATIENCE = 1800.0  # seconds a collective call waits at least: the others may draw, score or export meanwhile
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def train(config: Config) -> int:
 
     Raises: ConfigError for a setting that cannot be used, NonFiniteSteps, CheckpointError; DataError on some rank.
     """
-    ranks = start(2 * config.guard.stall_seconds)  # the watchdog speaks first: it knows more than a collective call
+    stall = config.guard.stall_seconds
+    ranks = start(max(2 * stall, PATIENCE) if stall else 0)  # the watchdog speaks first: it knows more
     with Watchdog(config.guard.stall_seconds, ranks) as watchdog:
         try:
             return run(config, ranks, watchdog)
@@ -110,9 +115,8 @@ def train(config: Config) -> int:
 
 def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
     """`train` on the ranks that were started."""
-    folder, checkpoints = config.folder, config.folder / "checkpoints"
-    target = min(config.steps, config.stop_at or config.steps)
-    found = checkpoint.find(checkpoints, ranks)
+    folder = config.folder
+    found = checkpoint.find(folder / "checkpoints", ranks)
     if found is not None and not config.resume:
         raise ConfigError(
             f"out: {folder} holds a run already; give another --out, or drop --resume false to continue it"
@@ -129,8 +133,23 @@ def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
             print(line, flush=True)
 
     if found is not None:
-        check_same_model(config, folder)
+        check_same_model(config, found)
     parts, evaluator = assemble(config, ranks, say)
+    lock = alone(folder / ".lock", ConfigError(f"out: another process trains in {folder}; give another --out"))
+    with contextlib.ExitStack() as held:
+        ranks.together(lambda: held.enter_context(lock) if ranks.first else None)
+        return run_steps(config, parts, evaluator, watchdog, found)
+
+
+def run_steps(config: Config, parts: Parts, evaluator: Evaluator, watchdog: Watchdog, found: Path | None) -> int:
+    """The steps after the checkpoint `found`, or all, and what is done between and after them; an exit code."""
+    ranks, folder, checkpoints = parts.ranks, config.folder, config.folder / "checkpoints"
+    target = min(config.steps, config.stop_at or config.steps)
+
+    def say(line: str) -> None:
+        if ranks.first:
+            print(line, flush=True)
+
     step = 0
     first_losses: dict[str, float] = {}
     if found is not None:
@@ -138,10 +157,11 @@ def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
         step, first_losses = state["step"], state["first"]
         parts.loader.load_state_dict(state["loader"])
         say(f"resume     {found}, step {step}")
-    elif ranks.first:
-        (folder / "config.yaml").write_text(config.to_yaml())
+    if ranks.first:
+        replace_text(folder / "config.yaml", config.to_yaml())
     log = RunLog(folder, ranks.first, config.steps, step)
     guard = Guard(config.guard, parts.engine, ranks)
+    guard.skipped = 0 if found is None else state.get("skipped", 0)
     guard.listen()
     clock = Clock(ranks.device, watchdog.at)
     batches = iter(parts.loader)
@@ -201,7 +221,8 @@ def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
             finish_saving()
         if save_now:
             watchdog.at("checkpoint")
-            extra = {"config": asdict(config), "loader": parts.loader.state_dict(), "first": first_losses}
+            extra = {"config": asdict(config), "loader": parts.loader.state_dict(), "first": first_losses,
+                     "skipped": guard.skipped}  # fmt: skip
             what = (checkpoints, step, parts.engine, parts.ema, ranks, extra)
             if config.async_save and not at_end:
                 saving = checkpoint.BackgroundSave(*what, config.keep_checkpoints, config.keep_every)
@@ -302,11 +323,11 @@ def finish(
     score = evaluator.score(model)
     if config.export:
         evaluator.pipeline(model).save_pretrained(folder / "pipeline")
-    last = {key: next(row[key] for row in reversed(rows) if key in row) for key in ("loss", "val_loss")}
+    last = {key: next((row[key] for row in reversed(rows) if key in row), math.nan) for key in ("loss", "val_loss")}
     summary = {
         "strategy": config.strategy,
         "steps": config.steps,
-        "loss": [first["loss"], last["loss"]],
+        "loss": [first.get("loss", math.nan), last["loss"]],
         "val_loss": [first["val_loss"], last["val_loss"]],
         "images_per_s": steps * config.batch_size / seconds if steps else None,
         "training_seconds": seconds,
@@ -328,19 +349,22 @@ def finish(
 
 
 def same_run(config: Config, folder: Path) -> bool:
-    """Whether the folder's saved configuration is exactly this one."""
+    """Whether the folder's saved configuration is this one, wherever either was told to stop."""
     saved = folder / "config.yaml"
-    return saved.is_file() and saved.read_text() == config.to_yaml()
+    if not saved.is_file():
+        return False
+    then, now = (yaml.safe_load(text) for text in (saved.read_text(), config.to_yaml()))
+    return {**then, "stop_at": None} == {**now, "stop_at": None}
 
 
-def check_same_model(config: Config, folder: Path) -> None:
-    """Raises: ConfigError when the folder's run is of another model, LLM or latent space than this configuration."""
-    saved, mine = (yaml.safe_load(text) for text in ((folder / "config.yaml").read_text(), config.to_yaml()))
+def check_same_model(config: Config, found: Path) -> None:
+    """Raises: ConfigError when the checkpoint is of another model, LLM or latent space than this configuration."""
+    saved, mine = json.loads((found / checkpoint.STATE).read_text())["config"], asdict(config)
     for section, name in (("", "strategy"), ("", "model"), ("text", "llm"), ("data", "vae")):
         then, now = ((plain[section] if section else plain)[name] for plain in (saved, mine))
         if then != now:
             label = f"{section}.{name}".lstrip(".")
-            raise ConfigError(f"{label}: the run in {folder} has {then}, got {now}; give another --out")
+            raise ConfigError(f"{label}: the run in {config.folder} has {then}, got {now}; give another --out")
 
 
 def print_summary(summary: dict[str, Any]) -> None:

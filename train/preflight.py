@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def check(
     config: Config, ranks: Ranks, dit: DiT | FuseDiT, factor: int, dtype: torch.dtype, text: str, frozen: int,
     parts: Sequence[Part], moments: bool,
 ) -> tuple[int, list[str]]:  # fmt: skip
-    """The micro-batch and the lines, and the last checks that need a device, before the model is allocated.
+    """The micro-batch and the lines, and the last checks that need a device, before the model is made: collective.
 
     dit: the model on the meta device. factor: pixels to a latent's pixel. frozen: bytes of the LLM and the VAE, which
     are there already. parts: of the training split. moments: they are trained on.
@@ -171,13 +171,15 @@ def check(
     """
     parameters, device = parameter_count(dit), ranks.device
     need = memory(config, ranks, dit, factor, dtype, frozen, sizes(parts))
+    need = replace(need, room=min(ranks.gather(need.room)))  # all must take the same micro-batch, or refuse
     micro = micro_batch(config, ranks, need, parameters)
     samples = micro * need.sample
     where = f"CPU, {torch.get_num_threads()} threads x {ranks.world} ranks"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)} x {ranks.world}"
     copy = PARAMETER_BYTES * parameters / ranks.world if config.async_save else 0
-    if copy > (left := host_bytes() - (need.fixed + samples if device.type == "cpu" else 0)):
+    host = min(ranks.gather(host_bytes()))
+    if copy > (left := host - (need.fixed + samples if device.type == "cpu" else 0)):
         raise ConfigError(
             f"async_save: {copy / GIB:.1f} GiB of memory for the copy of a rank's share do not fit in {left / GIB:.1f} "
             "GiB; leave it off"

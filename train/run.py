@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
 import os
 import sys
 import time
@@ -16,6 +18,8 @@ if not __package__:  # run as a script: the folder of this file comes first on t
 from train.config import ConfigError
 from train.flags import fail, parse
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what is wrong with a disk, not with the program
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, train, and turn a setting that cannot be used into one line and exit code 2."""
@@ -26,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         from train.checkpoint import CheckpointError
         from train.data import DataError
         from train.distributed import sound_alarm
-        from train.guards import GRACE, NonFiniteSteps
+        from train.guards import NonFiniteSteps
         from train.loop import train
     except ConfigError as error:
         return fail(error)
@@ -40,12 +44,22 @@ def main(argv: list[str] | None = None) -> int:
     except (NonFiniteSteps, CheckpointError) as error:
         fail(error)
         return 1
-    except DataError as error:  # of this rank, perhaps of others
+    except (DataError, OSError) as error:  # of this rank, perhaps of others
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
         if sound_alarm():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            time.sleep(GRACE)  # the others end in silence; a connection that closes before would be an error to them
+            line = error if isinstance(error, DataError) else f"{error.filename or 'a file'}: {error.strerror}"
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        let_the_others_hear()
         return 1
+
+
+def let_the_others_hear() -> None:
+    """They end in silence; a connection that closes before would be an error to them."""
+    from train.guards import GRACE
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(GRACE)
 
 
 def leave(code: int) -> NoReturn:
@@ -68,5 +82,10 @@ if __name__ == "__main__":
         code = 130
     except Exception:
         traceback.print_exc()
+        with contextlib.suppress(ImportError):  # perhaps that is what failed
+            from train.distributed import sound_alarm
+
+            sound_alarm()
+            let_the_others_hear()
         code = 1
     leave(code)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from train.disk import replace_text
 
 PARTS = ("data", "vae", "llm", "forward", "backward", "optimizer")
 
@@ -25,7 +27,7 @@ class Clock:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    @contextmanager
+    @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Charge what happens inside to `name`, one of PARTS."""
         self.on_part(name)
@@ -62,8 +64,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():  # rows past the checkpoint that is resumed from would stand twice
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            replace_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows() if row["step"] <= start))
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
         try:
@@ -104,8 +105,12 @@ class RunLog:
             self.board.add_image("samples", np.asarray(Image.open(path)), step, dataformats="HWC")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows written so far, earlier parts of a resumed run included."""
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        """All rows written so far, earlier parts of a resumed run included; a line that a full disk cut is left out."""
+        rows = []
+        for line in self.path.read_text(errors="replace").splitlines() if self.path.is_file() else ():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict) and "step" in row]
 
     def close(self) -> None:
         """Finish the bar and TensorBoard's files."""

@@ -196,8 +196,8 @@ def test_a_store_that_goes_away_ends_the_run(launch, data, store, tmp_path):
     cache = (f"--data.cache={tmp_path / 'cache'}", f"--data.cache_gb={5 * LIMIT / 2**30}")
     run = launch("run", f"--data.path={there}", *cache, "--steps=100000", ranks=2, environment=store.environment)
     run.at_step(5)
-    held = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("shard*"))
-    assert held <= 6 * LIMIT
+    held = [path for path in (tmp_path / "cache").rglob("shard*") if ".part-" not in path.name]
+    assert len(held) <= 5 + 4  # beside what it may hold, one on its way for each of two threads of two ranks
     store.process.kill()
     check(run, "s3://data/set/train/shard.")
     check(

@@ -116,6 +116,17 @@ def test_only_the_newest_and_the_chosen_checkpoints_are_kept(train):
     assert (kept / "latest").read_text() == "step-0000005\n"
 
 
+def test_what_is_no_checkpoint_is_left_alone(train):
+    folder = train("run", "--steps=6", "--stop_at=2", "--checkpoint_every=2") / "checkpoints"
+    names = ["step-0000002-good", "step-2", "partial-mine"]
+    for name in names:
+        (folder / name).mkdir()
+    train("run", "--steps=6", "--checkpoint_every=2", "--keep_checkpoints=1", "--keep_every=4")
+    found = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    assert found == sorted([*names, "step-0000004", "step-0000006"])
+    assert checkpoint.candidates(folder) == [folder / "step-0000006", folder / "step-0000004"]
+
+
 def test_a_failed_write_leaves_the_one_before_and_no_partial_folder(folder, tiny_flags, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -101,6 +102,32 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_next_one_continues(trai
     assert main([*tiny_flags, f"--out={tmp_path / 'run'}", *flags]) == guards.PREEMPTED
     assert signal.getsignal(signal.SIGTERM) is before
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-0000002\n"
+    assert losses(train("run", *flags)) == whole
+
+
+def test_a_signal_waits_for_the_checkpoint_that_is_being_written(train, tiny_flags, tmp_path, monkeypatch):
+    flags = ["--steps=5", "--optim.lr=0.01", "--checkpoint_every=2", "--async_save=true"]
+    whole = losses(train("whole", *flags))
+    step, write, sent, calls = loop.training_step, checkpoint._Folder.write, threading.Event(), []
+
+    def stop_at_third(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            sent.set()
+        return step(*arguments)
+
+    def late(self, *arguments):
+        assert self.step != 2 or sent.wait(60)
+        return write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_step", stop_at_third)
+        patch.setattr(checkpoint._Folder, "write", late)
+        assert main([*tiny_flags, f"--out={tmp_path / 'run'}", *flags]) == guards.PREEMPTED
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-0000002", "step-0000003"]
+    assert [checkpoint.fault(path) for path in checkpoint.candidates(folder)] == [None, None]
     assert losses(train("run", *flags)) == whole
 
 

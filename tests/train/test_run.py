@@ -1,5 +1,6 @@
 """The training program end to end, on one process and under the launcher."""
 
+import errno
 import json
 import math
 import os
@@ -10,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from sr_model import STRATEGIES, SemanticRoutingPipeline, build
 from sr_model.flops import forward as flops_of
 from tests.train.conftest import SIZES
-from train.distributed import peak_flops
+from train import runlog
+from train.disk import alone
 from train.run import main
 
 ROOT = Path(__file__).parent.parent.parent
@@ -118,6 +121,44 @@ def test_a_folder_with_a_run_is_not_overwritten(train, tiny_flags, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_run_goes_on_past_where_it_was_told_to_stop_and_is_then_finished(train, capsys):
+    folder = train("run", "--steps=4", "--stop_at=2")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["stop_at"] == 2
+    train("run", "--steps=4", "--data.workers=1")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["workers"] == 1  # what was used last
+    before = (folder / "summary.json").read_text()
+    capsys.readouterr()
+    train("run", "--steps=4", "--data.workers=1", "--stop_at=3")
+    assert "finished before; reusing" in capsys.readouterr().out
+    assert (folder / "summary.json").read_text() == before
+
+
+def test_a_line_that_a_full_disk_cut_is_left_out(train):
+    whole = losses(train("whole", "--steps=4"))
+    folder = train("run", "--steps=4", "--stop_at=2")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    train("run", "--steps=4")
+    assert losses(folder) == whole
+
+
+def test_one_run_at_a_time_in_a_folder(train, tiny_flags, capsys):
+    folder = train("run", "--steps=4", "--stop_at=2")
+    with alone(folder / ".lock", AssertionError("somebody holds it")):
+        assert main([*tiny_flags, f"--out={folder}", "--steps=4"]) == 2
+    assert f"out: another process trains in {folder}" in capsys.readouterr().err
+    train("run", "--steps=4")
+
+
+def test_a_full_disk_is_one_line(tiny_flags, tmp_path, monkeypatch, capsys):
+    def write(self, row):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(runlog.RunLog, "write", write)
+    assert main([*tiny_flags, f"--out={tmp_path / 'run'}", "--steps=2"]) == 1
+    assert "error: metrics.jsonl: No space left on device\n" in capsys.readouterr().err
+
+
 def test_long_captions_are_cut_and_counted(train):
     rows = (train("run", "--steps=2", "--text.max_tokens=2") / "metrics.jsonl").read_text().splitlines()
     last = [json.loads(row) for row in rows if "truncated_captions" in row][-1]
@@ -173,14 +214,6 @@ def test_arithmetic_and_fusion_weights_are_logged(train):
     for d in range(model.config.depth):
         assert last[f"fusion_centre_block{d}"] == pytest.approx(0.5, abs=0.05)  # two small steps from uniform weights
         assert last[f"fusion_dispersion_block{d}"] == pytest.approx(5 / 36, abs=0.02)
-
-
-def test_a_gpu_is_known_by_its_name_or_has_no_peak(monkeypatch):
-    for name, peak in (("NVIDIA H200", 989.4e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 756e12),
-                       ("Somebody's Accelerator", None)):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, n=name: n)
-        assert peak_flops(torch.device("cuda")) == peak
-    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_the_process_ends_with_its_code_whatever_its_threads_do():

@@ -9,7 +9,9 @@ import bz2
 import contextlib
 import hashlib
 import os
+import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from streaming.base.format import FileInfo, Reader
 
 from train.data.errors import DataError
 from train.data.index import HASHES
-from train.data.source import ATTEMPTS, TIMEOUT, Source, attempt
+from train.data.source import ATTEMPTS, TIMEOUT, Source, attempt, partial_name
 
 BLOCK = 1 << 22
+LEFT_BEHIND = 3600.0  # seconds without a change after which a partial file is nobody's
 
 
 def fault(path: Path, info: FileInfo) -> str | None:
@@ -104,10 +107,12 @@ class VerifiedStream(Stream):
         self.source = source
 
     def set_up_local(self, shards: list[Reader], cache_usage_per_shard: Any) -> None:
-        """Drop what an ended run left half done in the cache, and count the rest; nothing is trusted yet."""
+        """Drop what ended runs left half done in the cache, and count the rest; nothing is trusted yet."""
         if self.remote:
             for part in self.source.folder.rglob("*.part-*"):
-                part.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # another run looks too
+                    if time.time() - part.stat().st_mtime > LEFT_BEHIND:
+                        part.unlink()
         for i, shard in enumerate(shards):
             cache_usage_per_shard[i] = self.held(shard)
 
@@ -129,25 +134,27 @@ class VerifiedStream(Stream):
     def _prepare(self, raw: FileInfo, packed: FileInfo | None, compression: str) -> None:
         path = self.source.folder / raw.basename
         wrong = fault(path, raw)
-        if wrong and packed is None:
-            if not self.remote:
-                raise DataError(f"{path} {wrong}")
-            self._fetch(raw)
-        elif wrong and packed is not None:
-            zipped = self.source.folder / packed.basename
-            if wrong := fault(zipped, packed):
-                if not self.remote:
-                    raise DataError(f"{zipped} {wrong}")
-                self._fetch(packed)
-            self._unpack(zipped, path, raw, compression)
-        if packed is not None and self.remote:
-            (self.source.folder / packed.basename).unlink(missing_ok=True)
+        if wrong is None:
+            return
+        if self.remote:
+            with self._fetched(packed or raw) as part:
+                if packed is None:
+                    self._put(part, path)
+                else:
+                    self._unpack(part, self.source.at(packed.basename), path, raw, compression)
+            return
+        if packed is None:
+            raise DataError(f"{path} {wrong}")
+        zipped = self.source.folder / packed.basename
+        if wrong := fault(zipped, packed):
+            raise DataError(f"{zipped} {wrong}")
+        self._unpack(zipped, str(zipped), path, raw, compression)
 
-    def _fetch(self, info: FileInfo) -> None:
-        """Fetch a file until it is what the index says. Raises: DataError after ATTEMPTS."""
+    @contextlib.contextmanager
+    def _fetched(self, info: FileInfo) -> Iterator[Path]:
+        """A partial file of this process's own that is what the index says. Raises: DataError after ATTEMPTS."""
         path = self.source.folder / info.basename
-        part = path.with_name(f"{path.name}.part-{os.getpid()}")
-        where, wrong = self.source.at(info.basename), None
+        part, where, wrong = partial_name(path), self.source.at(info.basename), None
         try:
             for _ in range(ATTEMPTS):
                 part.unlink(missing_ok=True)
@@ -156,27 +163,36 @@ class VerifiedStream(Stream):
                 finally:
                     self._downloader.clean_up()
                 if (wrong := fault(part, info)) is None:
-                    os.replace(part, path)
-                    return
-            raise DataError(f"{where} {wrong} ({ATTEMPTS} attempts)")
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from error
+                    break
+            else:
+                raise DataError(f"{where} {wrong} ({ATTEMPTS} attempts)")
+            yield part
         finally:
             with contextlib.suppress(OSError):
                 part.unlink()
 
-    def _unpack(self, zipped: Path, path: Path, raw: FileInfo, compression: str) -> None:
-        """Undo a file's compression. Raises: DataError."""
-        part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    @staticmethod
+    def _put(part: Path, path: Path) -> None:
+        """Give a partial file its name. Raises: DataError."""
+        try:
+            os.replace(part, path)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+
+    def _unpack(self, zipped: Path, where: str, path: Path, raw: FileInfo, compression: str) -> None:
+        """Undo a file's compression; `where` it came from, for messages. Raises: DataError."""
+        part = partial_name(path)
         try:
             part.write_bytes(undo(zipped.read_bytes(), compression, raw.bytes))
             if wrong := fault(part, raw):
-                raise DataError(f"{zipped} unpacked {wrong}")
-            os.replace(part, path)
-        except (DataError, OSError) as error:
-            raise DataError(f"{path}: {error.strerror}" if isinstance(error, OSError) else str(error)) from error
+                raise DataError(f"{where} unpacked {wrong}")
+            self._put(part, path)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from error
+        except DataError:
+            raise
         except Exception as error:  # zstd, zlib and bz2 have their own
-            raise DataError(f"{zipped} cannot be unpacked: {error}") from error
+            raise DataError(f"{where} cannot be unpacked: {error}") from error
         finally:
             with contextlib.suppress(OSError):
                 part.unlink()

@@ -6,6 +6,8 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +32,8 @@ HOPELESS = {
     errno.ENOTDIR,
     errno.EISDIR,
 }
-REFUSED = {"400", "401", "403", "404", "AccessDenied", "InvalidAccessKeyId", "NoSuchBucket", "NoSuchKey",
-           "SignatureDoesNotMatch"}  # fmt: skip
+NOT_THERE = {"403", "404", "AccessDenied", "NoSuchKey"}  # a store may hide that it has no such file
+REFUSED = NOT_THERE | {"400", "401", "InvalidAccessKeyId", "NoSuchBucket", "SignatureDoesNotMatch"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,17 @@ def split(data: DataConfig, name: str) -> Source:
     return Source(base.folder / name, remote, base.cache_bytes if name == "train" else None)
 
 
+def answer(error: BaseException | None) -> str | None:
+    """The code with which a store refused, where it did."""
+    response = getattr(error, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+
+
+def partial_name(path: Path) -> Path:
+    """A name beside `path` that no other process takes, on whatever machine: a cache may be everybody's."""
+    return path.with_name(f"{path.name}.part-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
 def attempt(what: str, fetch: Callable[[], Any]) -> Any:
     """`fetch()`, again after a while when it fails in a way that may pass.
 
@@ -81,9 +94,7 @@ def attempt(what: str, fetch: Callable[[], Any]) -> Any:
         try:
             return fetch()
         except Exception as error:  # every store's client has its own
-            response = getattr(error, "response", None) or {}
-            code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-            final = code in REFUSED or (isinstance(error, OSError) and error.errno in HOPELESS)
+            final = answer(error) in REFUSED or (isinstance(error, OSError) and error.errno in HOPELESS)
             if final or tried == ATTEMPTS:
                 times = "" if final else f" ({tried} attempts)"
                 raise DataError(f"{what}: {plain(error)}{times}") from error
@@ -93,7 +104,7 @@ def attempt(what: str, fetch: Callable[[], Any]) -> Any:
 def fetch_file(source: Source, name: str) -> Path:
     """Fetch a small file of the store anew, whole or not at all. Raises: DataError."""
     path = source.folder / name
-    part = path.with_name(f"{name}.part-{os.getpid()}")
+    part = partial_name(path)
     try:
         attempt(source.at(name), lambda: CloudDownloader.direct_download(source.at(name), str(part), TIMEOUT))
         os.replace(part, path)
@@ -112,7 +123,7 @@ def open_split(source: Source, columns: tuple[str, ...] = COLUMNS) -> Index:
         try:
             fetch_file(source, INDEX)
         except DataError as error:
-            if not_there(error):
+            if not_there(error) or answer(error.__cause__) in REFUSED:
                 raise ConfigError(f"data.path: {error}") from None
             raise
     return read_index(source.folder, columns)
@@ -130,5 +141,5 @@ def fetch_if_there(source: Source, name: str) -> Path | None:
 
 
 def not_there(error: DataError) -> bool:
-    """Whether a store answered, that it has no such file or that it is not for us."""
-    return isinstance(error.__cause__, FileNotFoundError) or bool(getattr(error.__cause__, "response", {}))
+    """Whether a store answered that it has no such file, or that it is not for us."""
+    return isinstance(error.__cause__, FileNotFoundError) or answer(error.__cause__) in NOT_THERE

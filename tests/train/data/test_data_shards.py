@@ -13,14 +13,18 @@ from pathlib import Path
 
 import pytest
 import zstd
+from botocore.exceptions import ClientError
 from hypothesis import given
 from hypothesis import strategies as st
+from streaming import MDSWriter
+from streaming.base.world import World
 
 from train.config import ConfigError, DataConfig
 from train.data import DataError, Part, Source, TrainLoader, open_data, read_index, read_split, split
 from train.data.errors import lost_worker, plain
 from train.data.memory import SHARED, claims, clean_stale, one_job_at_a_time
-from train.data.shards import undo, zstd_frame
+from train.data.shards import VerifiedStream, fault, undo, zstd_frame
+from train.data.source import not_there
 
 
 def loader_of(folder, side=32, batch=4, workers=0):
@@ -81,6 +85,48 @@ def test_a_folder_elsewhere_is_copied_and_mended(corpus, tmp_path, ranks_alone):
         assert all((a == b).all() and c == d for (a, c), (b, d) in zip(again, samples, strict=True))
         assert shard.read_bytes() == good
     assert sorted(p.name for p in train.folder.iterdir()) == ["index.json", shard.name]
+
+
+def test_two_runs_share_a_cache(tmp_path):
+    """One takes a shard while the other is between fetching and unpacking it; what a third one fetches stays."""
+    there, cache = tmp_path / "there", tmp_path / "cache"
+    with MDSWriter(out=str(there), columns={"n": "int"}, compression="zstd", hashes=["sha256"], size_limit=64) as out:
+        for n in range(40):
+            out.write({"n": n})
+    one, other = (VerifiedStream(Source(cache, str(there))) for _ in range(2))
+    for stream in (one, other):  # as a dataset does
+        stream.apply_default({"split": None, "download_retry": 2, "validate_hash": None, "keep_zip": False})
+    shards = one.get_shards(World.detect(), False)
+    unpack, turns = one._unpack, []
+
+    def slow(*arguments):
+        turns.append(other.prepare_shard(shards[len(turns)]))
+        unpack(*arguments)
+
+    one._unpack = slow
+    for shard in shards:
+        one.prepare_shard(shard)
+    assert len(turns) == len(shards) > 1
+    names = {"index.json"} | {shard.file_pairs[0][0].basename for shard in shards}
+    assert {path.name for path in cache.iterdir()} == names
+    assert all(fault(cache / shard.file_pairs[0][0].basename, shard.file_pairs[0][0]) is None for shard in shards)
+    new, old = cache / "a.mds.part-another-7-ff", cache / "b.mds.part-another-8-ee"
+    for path in (new, old):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    one.set_up_local(shards, [0] * len(shards))
+    assert {path.name for path in cache.iterdir()} == names | {new.name}
+
+
+@pytest.mark.parametrize(("code", "gone"), [("404", True), ("NoSuchKey", True), ("503", False), ("SlowDown", False)])
+def test_a_store_that_is_busy_is_not_one_without_the_file(code, gone):
+    error = DataError("s3://a/b")
+    error.__cause__ = ClientError({"Error": {"Code": code}}, "GetObject")
+    assert not_there(error) == gone
+    error.__cause__ = FileNotFoundError()
+    assert not_there(error)
+    error.__cause__ = TimeoutError()
+    assert not not_there(error)
 
 
 def test_an_older_index_in_the_cache_is_not_used(corpus, tmp_path, ranks_alone):
