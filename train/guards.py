@@ -156,7 +156,7 @@ class Places:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.store = None
-        self._heard: dict[int, tuple[bytes, float]] = {}  # what a rank told last, and when that was first seen
+        self._heard: dict[int, tuple[bytes | None, float]] = {}  # what a rank told last, and when that was first seen
         if ranks.world > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             patience = timedelta(seconds=30)
@@ -179,19 +179,25 @@ class Places:
         return ["rank 0 was last heard of too long ago: it does not answer"] if asking.is_alive() else found
 
     def silent(self, now: float) -> int | None:
-        """A rank that has told nothing new for SILENT seconds, by this process's own monotonic clock `now`."""
+        """A rank that has told nothing new for SILENT seconds, by this process's own monotonic clock `now`.
+
+        Waits where the store does not answer, for 30 seconds; then rank 0 has told nothing new.
+        """
         if self.store is None:
             return None
-        keys = [f"place/{rank}" for rank in range(self.ranks.world)]
-        with contextlib.suppress(RuntimeError):  # the alarm's thread sees that the store has gone
-            told = self.store.multi_get(keys) if self.store.check(keys) else [
-                self.store.get(key) if self.store.check([key]) else b"" for key in keys
-            ]  # fmt: skip
-            for rank, place in enumerate(told):
-                if self._heard.get(rank, (None,))[0] != place:
-                    self._heard[rank] = place, now
-                elif now - self._heard[rank][1] > SILENT:
-                    return rank
+        told: list[bytes | None] = [None] * self.ranks.world
+        with contextlib.suppress(RuntimeError):
+            keys = [f"place/{rank}" for rank in range(self.ranks.world)]
+            if self.store.check(keys):
+                told = list(self.store.multi_get(keys))
+            else:  # some have not begun
+                told = [self.store.get(key) if self.store.check([key]) else b"" for key in keys]
+        for rank, place in enumerate(told):
+            before, since = self._heard.setdefault(rank, (place, now))
+            if place is not None and place != before:
+                self._heard[rank] = place, now
+            elif now - since > SILENT:
+                return rank
         return None
 
     def _ask(self, phase: str, step: int, found: list[str]) -> None:
@@ -219,8 +225,10 @@ class Watchdog:
         self._done = threading.Event()
         if seconds:
             threading.Thread(target=self._watch, args=(Places(ranks),), name="watchdog", daemon=True).start()
-        if ranks.world > 1:  # a thread of its own: a store that does not answer holds it up
+        if ranks.world > 1:  # threads and connections of their own: a store that does not answer holds them up
             threading.Thread(target=self._listen, args=(Alarm(),), name="alarm", daemon=True).start()
+            if seconds:
+                threading.Thread(target=self._hear, args=(Places(ranks),), name="silence", daemon=True).start()
 
     def at(self, phase: str, step: int | None = None) -> None:
         """This phase begins now; "" for one that may take any time."""
@@ -232,16 +240,16 @@ class Watchdog:
             if self._another_failed(alarm):
                 os._exit(1)
 
+    def _hear(self, places: Places) -> None:
+        while not self._done.wait(SILENT / 12):
+            if (rank := places.silent(time.monotonic())) is not None and not self._done.wait(GRACE):
+                print(f"error: rank {rank} was not heard of for {SILENT:g} s", file=sys.stderr, flush=True)
+                os._exit(STALLED)
+
     def _watch(self, places: Places) -> None:
-        looked = time.monotonic()
         while not self._done.wait(min(BEAT, self.seconds / 4)):
             since, phase, step = self._since, self._phase, self._step
             places.tell(phase, step)
-            if time.monotonic() - looked > SILENT / 12:
-                looked = time.monotonic()
-                if (rank := places.silent(looked)) is not None:
-                    print(f"error: rank {rank} was not heard of for {SILENT:g} s", file=sys.stderr, flush=True)
-                    os._exit(STALLED)
             if since is not None and time.monotonic() - since > self.seconds:
                 others = places.others(phase, step)
                 print(

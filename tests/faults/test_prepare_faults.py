@@ -13,10 +13,29 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.faults.conftest import START, STOP, wait_for
+from tests.faults.conftest import ROOT, START, STOP, wait_for
 from tests.train.prepare.test_prepare_convert import contents
 
 TARS, EACH, SIDE = 16, 150, 96
+HELD = 3  # the unit whose worker waits to be killed
+HOLD = """
+import os, signal, sys
+from pathlib import Path
+from train.prepare import convert
+from train.prepare.__main__ import main
+
+real = convert.convert
+
+def hold(job, file, number, *rest):
+    if number == {held}:
+        Path({pid!r}).write_text(str(os.getpid()))
+        signal.pause()
+    return real(job, file, number, *rest)
+
+convert.convert = hold  # in the workers, too: they import this file
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
 
 
 def picture(number):
@@ -45,9 +64,22 @@ def tars(tmp_path_factory):
 def prepare(start, tars):
     """A function (out, *flags) -> Run of prepare on the tars."""
 
-    def begin(out, *flags):
-        command = [sys.executable, "-m", "train.prepare", "webdataset", tars, "--out", out, "--size", "64"]
-        return start([*command, "--shard-mb", "1", "--workers", "2", *flags], out)
+    def begin(out, *flags, program=("-m", "train.prepare"), environment=None):
+        command = [sys.executable, *program, "webdataset", tars, "--out", out, "--size", "64"]
+        return start([*command, "--shard-mb", "1", "--workers", "2", *flags], out, environment)
+
+    return begin
+
+
+@pytest.fixture
+def held(prepare, tmp_path):
+    """A function (out) -> (Run, process id of the worker of unit HELD, which never ends that unit)."""
+
+    def begin(out):
+        (tmp_path / "hold.py").write_text(HOLD.format(held=HELD, pid=str(tmp_path / "pid")))
+        run = prepare(out, program=[tmp_path / "hold.py"], environment={"PYTHONPATH": str(ROOT)})
+        pid = tmp_path / "pid"
+        return run, int(wait_for(lambda: pid.exists() and pid.read_text(), START, f"unit {HELD}"))
 
     return begin
 
@@ -127,25 +159,23 @@ def test_a_killed_main_process_leaves_no_workers(prepare, whole, tmp_path):
     assert contents(out) == whole
 
 
-def test_a_killed_worker_is_named_with_its_unit(prepare, whole, tmp_path, tars):
+def test_a_killed_worker_is_named_with_its_unit(prepare, held, whole, tmp_path, tars):
     out = tmp_path / "out"
-    run = prepare(out)
-    wait_for(lambda: done(out) >= 2, START, "2 units")
-    wait_for(lambda: workers(run), START, "workers")[0].kill()
+    run, worker = held(out)
+    os.kill(worker, signal.SIGKILL)
     assert run.wait(STOP) == 1
     assert run.orphans() == []
     (line,) = run.output.splitlines()
-    assert "the worker of unit " in line
-    assert f"({tars}/" in line
+    assert f"the worker of unit {HELD} ({tars}/{HELD:02}.tar) " in line
     assert "died (SIGKILL, perhaps by the kernel, out of memory); the same command continues" in line
     prepare(out).finish()
     assert contents(out) == whole
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_leaves_a_folder_to_go_on_with(prepare, whole, tmp_path, number, code):
+def test_a_signal_leaves_a_folder_to_go_on_with(prepare, held, whole, tmp_path, number, code):
     out = tmp_path / "out"
-    run = prepare(out)
+    run, _ = held(out)
     wait_for(lambda: done(out) >= 2, START, "2 units")
     os.killpg(run.process.pid, number)  # as a terminal does
     assert run.wait(STOP) == code

@@ -22,13 +22,15 @@ and cropped at the centre), caption, one more for each further caption, meta (so
 --buckets a folder train/WxH and val/WxH for each size. Samples that are left out are counted by reason in
 OUT/report.json and listed in OUT/quarantine.jsonl.
 
-Left out: pictures that are not JPEG, PNG or WebP, broken or cut off, animated, too large, too small or too long;
-captions that are missing, empty, not UTF-8 or too short; exact copies of a picture (the first copy whose captions can
-be used stays). Transparent pictures are laid on white, 16 bits are scaled to 8, CMYK and other profiles become sRGB.
+Left out: pictures that are not JPEG, PNG or WebP, broken or cut off, animated, too large, too small or too long, or
+changed between the two passes; captions that are missing, empty, not UTF-8 or too short; exact copies of a picture (the
+first copy whose captions can be used stays). Transparent pictures are laid on white, 16 bits are scaled to 8, CMYK and
+other profiles become sRGB.
 A file that breaks off is kept as far as it can be read, and named.
 
 The source is read twice: a first pass counts rows and hashes pictures (with --duplicates keep it reads no picture).
-The result does not depend on --workers. Stopped in any way, the same command continues; finished, it says so.
+The result does not depend on --workers. Stopped in any way, the same command continues; finished, it says so. A run
+that keeps no sample ends with exit code 1.
 """
 
 
@@ -109,7 +111,7 @@ def _job(source: Source, columns: tuple[tuple[str, str], ...], o: dict[str, Any]
         duplicates=o["duplicates"],
         compression=None if o["compression"] == "none" else o["compression"],
         shard_bytes=o["shard_mb"] << 20,
-        val_keys=int(o["val"]) if o["val"] >= 1 else 0,
+        val_rows=int(o["val"]) if o["val"] >= 1 else 0,
     )
 
 
@@ -170,8 +172,8 @@ def _command(commands: Any, name: str, help: str, about: str, example: str, inpu
     add("--bucket-step", type=int, default=64, metavar="PIXELS", help="sides of buckets are multiples of this")
     add("--format", choices=("jpeg", "webp", "png"), default="jpeg", help="how pictures are stored")
     add("--quality", type=int, default=95, metavar="N", help="of JPEG (without chroma subsampling) and WebP")
-    add("--val", type=float, default=1000, metavar="N", help="validation samples, drawn by a hash of the key: a share"
-        " below 1, or about this many, at most a tenth of all rows")  # fmt: skip
+    add("--val", type=float, default=1000, metavar="N", help="validation samples, drawn by a hash of the file's"
+        " name and the key: a share below 1, or about this many, at most a tenth of all rows")  # fmt: skip
     add("--min-side", type=int, default=None, metavar="PIXELS", help="leave out pictures whose shorter side is less;"
         " None is --size, so that nothing is enlarged; 0 takes all")  # fmt: skip
     add("--max-aspect", type=float, default=3.0, metavar="RATIO", help="leave out pictures longer than this")

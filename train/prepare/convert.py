@@ -29,7 +29,7 @@ from train.prepare.pool import Pool
 from train.prepare.rejects import Broken, PrepareFailed
 from train.prepare.shards import finish_folder, remove_others, stored, write_buckets
 from train.prepare.sources import Bad, Unit
-from train.prepare.units import VAL_BITS, Job, convert, scan
+from train.prepare.units import VAL_BITS, Job, convert, file_names, scan
 from train.shapes.corpus import BadArgument
 
 STATE = ".prepare"
@@ -47,17 +47,19 @@ class _Stopped(KeyboardInterrupt):
 
 def make_scan(job: Job) -> Callable[..., Any]:
     """A worker's part of the first pass."""
-    return lambda number, unit, tick: scan(job, number, unit, tick)
+    names = file_names(job.source.files)
+    return lambda number, unit, tick: scan(job, names[unit.path], unit, tick)
 
 
 def make_convert(job: Job, state: Path, val_below: int) -> Callable[..., Any]:
     """A worker's part of the second pass."""
     first = FirstCopies(state / "hashes.sqlite") if job.duplicates == "drop" else None
+    names = file_names(job.source.files)
 
     def work(number: int, unit: Unit, tick: Callable[[int], None]) -> dict[str, Any]:
         folder = state / "work" / f"{number:06}"
         folder.mkdir()
-        return convert(job, number, unit, folder, first, val_below, tick)
+        return convert(job, names[unit.path], number, unit, folder, first, val_below, tick)
 
     return work
 
@@ -165,8 +167,8 @@ class _Run:
             Pool(self._workers(journal, "rows"), make_scan, (self.job,)) as pool,
             tqdm(initial=journal.rows(), desc="first pass", unit=" rows", unit_scale=True, disable=self.disable) as bar,
         ):
-            for number, _, (rows, keys, hashes) in pool.run(journal.open_units("rows"), bar.update):
-                journal.scanned(number, rows, keys, hashes, self.job.val_keys)
+            for number, _, (rows, drawn, hashes) in pool.run(journal.open_units("rows"), bar.update):
+                journal.scanned(number, rows, drawn, hashes, self.job.val_rows)
                 self._tell(bar, journal, "rows")
 
     def convert(self, journal: Journal, val_below: int) -> None:
@@ -305,21 +307,28 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _not_empty(out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report. Raises: PrepareFailed where nothing was kept."""
+    if not report["kept"]:
+        raise PrepareFailed(f"kept: wanted a sample, got none; {out}/report.json and quarantine.jsonl say why")
+    return report
+
+
 def prepare(
     job: Job, out: Path, arguments: dict[str, Any], val: float, workers: int, progress: bool = True
 ) -> dict[str, Any]:
     """Prepare `out`, go on with it, or find it finished. Returns its report, which is also in OUT/report.json.
 
     arguments: what a restart must have in common, by flag; val: below 1 a share, else a number of samples, but at most
-    a tenth of the rows. Raises: BadArgument; PrepareFailed, OSError where the run cannot go on; SystemExit with 130
-    or 75 after SIGINT or SIGTERM.
+    a tenth of the rows. Raises: BadArgument; PrepareFailed where no sample is kept; PrepareFailed, OSError where the
+    run cannot go on; SystemExit with 130 or 75 after SIGINT or SIGTERM.
     """
     sources = _sources(job)
     report = _finished(out, arguments, sources)
     if report is not None:
         shutil.rmtree(out / STATE, ignore_errors=True)
         print(f"prepare: {out} is finished: {sum(report['kept'].values())} samples", file=sys.stderr)
-        return report
+        return _not_empty(out, report)
     state = out / STATE
     state.mkdir(parents=True, exist_ok=True)
     run = _Run(job, out, workers, progress)
@@ -335,7 +344,7 @@ def prepare(
         (state / "journal.sqlite").unlink()  # first: without it there is nothing to go on with
         shutil.rmtree(state, ignore_errors=True)
     print(f"prepare: wrote {out}\n{summary(report)}", file=sys.stderr)
-    return report
+    return _not_empty(out, report)
 
 
 def _go_on(
@@ -358,7 +367,7 @@ def _go_on(
             if val < 1:
                 below = int(val * 2**VAL_BITS) - 1
             else:
-                below = journal.smallest_key(min(int(val), journal.rows() // 10))
+                below = journal.val_below(min(int(val), journal.rows() // 10))
             run.convert(journal, below)
             return run.finish(journal, arguments, sources)
     except KeyboardInterrupt as stop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ HASH_BYTES = 16
 
 
 class Journal:
-    """The plan, the units and their results; and of the first pass the pictures' hashes and the smallest key hashes."""
+    """The plan, the units and their results; and of the first pass the pictures' hashes and the smallest row hashes."""
 
     def __init__(self, folder: Path) -> None:
         self.db = sqlite3.connect(folder / "journal.sqlite", isolation_level=None)
@@ -23,7 +24,7 @@ class Journal:
             PRAGMA synchronous = FULL;
             CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
             CREATE TABLE IF NOT EXISTS units (id INTEGER PRIMARY KEY, unit TEXT, rows INTEGER, result TEXT);
-            CREATE TABLE IF NOT EXISTS keys (hash INTEGER PRIMARY KEY) WITHOUT ROWID;
+            CREATE TABLE IF NOT EXISTS drawn (hash INTEGER PRIMARY KEY, rows INTEGER) WITHOUT ROWID;
             """
         )
         self.hashes = folder / "hashes.sqlite"
@@ -78,10 +79,11 @@ class Journal:
         query = "SELECT COALESCE(SUM(rows), 0) FROM units" + (" WHERE result IS NOT NULL" if done else "")
         return self.db.execute(query).fetchone()[0]
 
-    def scanned(self, number: int, rows: int, keys: list[int], hashes: list[tuple[int, bytes]], most: int) -> None:
-        """Commit a unit of the first pass: of a hash the earliest (unit, row) stays, of the keys the `most` smallest.
+    def scanned(self, number: int, rows: int, drawn: list[int], hashes: list[tuple[int, bytes]], most: int) -> None:
+        """Commit a unit of the first pass: of a picture's hash the earliest (unit, row) stays, of the row hashes
+        those that the `most` smallest are among, each with its number of rows.
 
-        A kill between two files' commits is harmless: to add the same again changes nothing.
+        A kill between two files' commits is harmless: to add the same pictures again changes nothing.
         """
         self.db.execute("BEGIN IMMEDIATE")
         self.db.executemany(
@@ -89,20 +91,25 @@ class Journal:
             " row = excluded.row WHERE (excluded.unit, excluded.row) < (first.unit, first.row)",
             ((digest, number, row) for row, digest in sorted(hashes, key=lambda pair: pair[1])),
         )
-        self.db.executemany("INSERT OR IGNORE INTO keys VALUES (?)", ((key,) for key in keys))
+        self.db.executemany(
+            "INSERT INTO drawn VALUES (?, ?) ON CONFLICT (hash) DO UPDATE SET rows = rows + excluded.rows",
+            Counter(drawn).items(),
+        )
         self.db.execute(
-            "DELETE FROM keys WHERE hash > (SELECT hash FROM keys ORDER BY hash LIMIT 1 OFFSET ?)", (max(0, most - 1),)
+            "DELETE FROM drawn WHERE hash > (SELECT hash FROM drawn ORDER BY hash LIMIT 1 OFFSET ?)", (most,)
         )
         self.db.execute("UPDATE units SET rows = ? WHERE id = ?", (rows, number))
         self.db.execute("COMMIT")
 
-    def smallest_key(self, place: int) -> int:
-        """The `place`th smallest key hash, from 1; the largest kept where there are fewer; -1 for place 0."""
-        if place < 1:
-            return -1
-        query = "SELECT MAX(hash) FROM (SELECT hash FROM keys ORDER BY hash LIMIT ?)"
-        found = self.db.execute(query, (place,)).fetchone()[0]
-        return -1 if found is None else found
+    def val_below(self, most: int) -> int:
+        """The largest row hash that no more than `most` rows are at or below; -1 where there is none."""
+        below = -1
+        for hash, rows in self.db.execute("SELECT hash, rows FROM drawn ORDER BY hash"):
+            most -= rows
+            if most < 0:
+                break
+            below = hash
+        return below
 
     def converted(self, number: int, result: dict[str, Any]) -> None:
         """Commit a unit of the second pass: from now on its shards count."""
@@ -119,11 +126,8 @@ class FirstCopies:
     """A worker's view of which row has the first copy of a picture."""
 
     def __init__(self, hashes: Path) -> None:
-        self.db = sqlite3.connect(f"file:{hashes}?mode=ro&immutable=1", uri=True)
+        self.db = sqlite3.connect(hashes.resolve().as_uri() + "?mode=ro&immutable=1", uri=True)
 
-    def of(self, digest: bytes) -> tuple[int, int]:
-        """(unit, row). Raises: LookupError where the first pass did not see this picture."""
-        found = self.db.execute("SELECT unit, row FROM first WHERE hash = ?", (digest,)).fetchone()
-        if found is None:
-            raise LookupError("a picture that was not there in the first pass")
-        return found
+    def of(self, digest: bytes) -> tuple[int, int] | None:
+        """(unit, row); None where the first pass did not see this picture."""
+        return self.db.execute("SELECT unit, row FROM first WHERE hash = ?", (digest,)).fetchone()

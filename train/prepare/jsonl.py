@@ -142,4 +142,4 @@ class Jsonl:
             return read_image(full, self.max_bytes)
 
         captions = {field: record.get(field) for field in self.fields}
-        return Row(str(key), load, captions, text_or_none(record.get("url")))
+        return Row(str(key), load, captions, text_or_none(record.get("url")), image)

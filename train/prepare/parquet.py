@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,12 @@ class Parquet:
         # Buffered: pages are read one by one, not a row group's whole column.
         arrow = _pyarrow()
         try:
-            return arrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+            file = arrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+            coded = [field.name for field in file.schema_arrow if arrow.types.is_dictionary(field.type)]
+            if not coded:
+                return file
+            # Else pyarrow checks all texts of a pandas categorical at once, and one that is not UTF-8 ends the file.
+            return arrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, read_dictionary=coded)
         except (arrow.ArrowException, OSError) as error:
             raise Broken(f"{type(error).__name__}: {error}") from None
 
@@ -97,15 +102,19 @@ class Parquet:
 
     def _row(self, cells: dict[str, Any], name: str, at: int) -> Row | Bad:
         where = f"{name}:{at}"
-        captions = {field: _plain(cells[field]) for field in self.fields}
-        key = where if self.key is None else _plain(cells[self.key])
+        captions = {field: plain(cells[field]) for field in self.fields}
+        key = where if self.key is None else plain(cells[self.key])
         if not isinstance(key, str | int):
             return Bad(where, Rejected("row_field", f"wanted a text or number in {self.key!r}"))
 
         def load() -> bytes:
-            value = cells[self.image].as_py()
-            if isinstance(value, dict):
-                value = value.get("bytes")
+            cell = cells[self.image]
+            try:
+                if isinstance(cell, Mapping):  # Hugging Face's struct; its path may be anything
+                    cell = cell["bytes"]
+                value = cell.as_py()
+            except Exception as error:
+                raise Rejected("image_missing", f"{self.image!r}: {type(error).__name__}: {error}") from None
             if value is None:
                 raise Rejected("image_missing", f"no bytes in {self.image!r}")
             if not isinstance(value, bytes):
@@ -113,12 +122,14 @@ class Parquet:
             too_large(len(value), self.max_bytes)
             return value
 
-        return Row(str(key), load, captions, text_or_none(_plain(cells["url"])) if "url" in cells else None)
+        url = text_or_none(plain(cells["url"])) if "url" in cells else None
+        return Row(str(key), load, captions, url, str(at))
 
 
-def _plain(cell: Any) -> Any:
-    """A cell's Python value; the bytes themselves where a text column is not UTF-8."""
+def plain(cell: Any) -> Any:
+    """A cell's Python value; the bytes themselves of text that is not UTF-8; else the error, which is no text."""
     try:
         return cell.as_py()
-    except UnicodeDecodeError:
-        return cell.as_buffer().to_pybytes()
+    except Exception as error:
+        text = getattr(cell, "value", cell)  # a dictionary's
+        return text.as_buffer().to_pybytes() if hasattr(text, "as_buffer") else error

@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -38,13 +39,18 @@ def serve(pipe: Connection, make: Callable[..., Work], arguments: tuple[Any, ...
             rows, last = 0, time.monotonic()
 
     try:
-        work = make(*arguments)
+        work: Work | None = None
         while True:
             number, unit = pipe.recv()
             try:
+                work = work or make(*arguments)  # not before there is a unit to fail with
                 result = work(number, unit, tick)
-            except (OSError, sqlite3.Error, LookupError, BadArgument) as error:
-                pipe.send(("failed", f"{type(error).__name__}: {error}"))
+            except MemoryError:
+                raise  # the parent says what needs less
+            except Exception as error:
+                if not isinstance(error, (OSError, sqlite3.Error, BadArgument)):
+                    traceback.print_exc()
+                pipe.send(("failed", " ".join(f"{type(error).__name__}: {error}".split())))
                 return
             pipe.send(("tick", rows))
             rows = 0

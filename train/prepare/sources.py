@@ -29,12 +29,16 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A sample before anything is checked: `load` reads the image file and may raise Rejected."""
+    """A sample before anything is checked: `load` reads the image file and may raise Rejected.
+
+    place: tells it from other samples of its file with the same key, however the file is cut into units.
+    """
 
     key: str
     load: Callable[[], bytes]
     captions: dict[str, Any]
     url: str | None = None
+    place: str = ""
 
 
 @dataclass(frozen=True)

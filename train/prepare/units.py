@@ -6,7 +6,7 @@ import heapq
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,7 +20,7 @@ from train.prepare.rejects import Broken, Rejected
 from train.prepare.shards import rename, stored, writer
 from train.prepare.sources import Bad, Row, Source, Unit
 
-VAL_BITS = 63  # of a key's hash: SQLite's integers are signed
+VAL_BITS = 63  # of a row's hash: SQLite's integers are signed
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Job:
         duplicates: drop or keep.
         compression: of the shards, as streaming names it, or None.
         shard_bytes: size of a shard before compression.
-        val_keys: key hashes that the first pass must keep, the smallest.
+        val_rows: rows that may be drawn for validation by their number; 0 where a share is.
     """
 
     source: Source
@@ -46,12 +46,23 @@ class Job:
     duplicates: str
     compression: str | None
     shard_bytes: int
-    val_keys: int
+    val_rows: int
 
 
-def key_hash(key: str) -> int:
-    """A key's place in the draw for the validation split, evenly spread over [0, 2^63)."""
-    return int.from_bytes(blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 64 - VAL_BITS
+def file_names(files: Sequence[str]) -> dict[str, str]:
+    """What each file is called in the draw: its base name, the same in any folder, and how many such came before."""
+    names, seen = {}, Counter()  # type: dict[str, str], Counter[str]
+    for path in files:
+        base = os.path.basename(path)
+        names[path] = f"{base}\0{seen[base]}"
+        seen[base] += 1
+    return names
+
+
+def row_hash(file: str, key: str, place: str) -> int:
+    """A row's place in the draw for the validation split, evenly spread over [0, 2^63); keys alone may start again."""
+    identity = f"{file}\0{key}\0{place}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(identity, digest_size=8).digest(), "big") >> 64 - VAL_BITS
 
 
 def _digest(data: bytes) -> bytes:
@@ -64,9 +75,13 @@ def _captions(row: Row, job: Job) -> tuple[dict[str, str], int]:
     return {column: text for column, (text, _) in checked.items()}, sum(cut for _, cut in checked.values())
 
 
-def scan(job: Job, number: int, unit: Unit, tick: Callable[[int], None]) -> tuple[Any, ...]:
-    """First pass. Returns (rows, smallest key hashes, (row, picture's hash) of those with usable captions)."""
-    rows, keys, hashes = 0, set(), []  # type: int, set[int], list[tuple[int, bytes]]
+def scan(job: Job, file: str, unit: Unit, tick: Callable[[int], None]) -> tuple[Any, ...]:
+    """First pass; `file` is what `file_names` calls the unit's file.
+
+    Returns (rows, smallest row hashes, (row, picture's hash) of those with usable captions).
+    """
+    rows, drawn, hashes = 0, [], []  # type: int, list[int], list[tuple[int, bytes]]
+    most = job.val_rows + 1  # one more, to see that a hash is of too many rows
     try:
         for at, row in enumerate(job.source.rows(unit)):
             rows = at + 1
@@ -79,16 +94,17 @@ def scan(job: Job, number: int, unit: Unit, tick: Callable[[int], None]) -> tupl
                     hashes.append((at, _digest(row.load())))
             except Rejected:
                 continue
-            keys.add(key_hash(row.key))
-            if len(keys) > 2 * job.val_keys + 1024:
-                keys = set(heapq.nsmallest(job.val_keys, keys))
+            drawn.append(row_hash(file, row.key, row.place))
+            if len(drawn) > 2 * most + 1024:
+                drawn = heapq.nsmallest(most, drawn)
     except Broken:
         pass  # listed by the second pass
-    return rows, heapq.nsmallest(job.val_keys, keys), hashes
+    return rows, heapq.nsmallest(most, drawn), hashes
 
 
 def convert(
     job: Job,
+    file: str,
     number: int,
     unit: Unit,
     work: Path,
@@ -98,9 +114,10 @@ def convert(
 ) -> dict[str, Any]:
     """Second pass: a unit's shards and quarantine.jsonl in the empty folder `work`, on the disk when this returns.
 
-    first: who has the first copy of a picture, None to keep copies. val_below: samples whose key's hash is at most this
-    are for validation. Returns {"rows", "kept": {folder: samples}, "skipped": {reason: samples}, "broken": 0 or 1,
-    "captions_cut", "bytes_in", "bytes_out", "shards": {folder: [index entries]}, "files": {folder: [names in work]}}.
+    file: what `file_names` calls the unit's file. first: who has the first copy of a picture, None to keep copies.
+    val_below: rows whose hash is at most this are for validation. Returns {"rows", "kept": {folder: samples},
+    "skipped": {reason: samples}, "broken": 0 or 1, "captions_cut", "bytes_in", "bytes_out", "shards": {folder: [index
+    entries]}, "files": {folder: [names in work]}}.
     """
     writers: dict[str, Any] = {}
     kept: Counter[str] = Counter()
@@ -123,6 +140,8 @@ def convert(
                     bytes_in += len(data)
                     if first is not None:
                         other = first.of(_digest(data))
+                        if other is None:
+                            raise Rejected("image_changed", "not as the first pass read it")
                         if other != (number, at):
                             raise Rejected("duplicate", f"the same file as row {other[1]} of unit {other[0]}")
                     picture = render(data, job.images)
@@ -132,7 +151,7 @@ def convert(
                     continue
                 finally:
                     tick(1)
-                folder = "val" if key_hash(row.key) <= val_below else "train"
+                folder = "val" if row_hash(file, row.key, row.place) <= val_below else "train"
                 if job.buckets:
                     folder += "/{}x{}".format(*picture.size)
                 if folder not in writers:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import operator
+import shutil
 import sys
 import tarfile
 
@@ -19,7 +21,11 @@ from streaming.base.format import reader_from_json
 from train.disk import alone
 from train.prepare import convert, jsonl, shards
 from train.prepare.__main__ import main
-from train.prepare.units import key_hash
+from train.prepare.journal import Journal
+from train.prepare.pool import Pool
+from train.prepare.rejects import PrepareFailed
+from train.prepare.sources import Unit
+from train.prepare.units import file_names, row_hash
 from train.run import main as train_main
 
 SIDE = 40
@@ -92,6 +98,26 @@ def quarantined(out):
     return [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
 
 
+def drawn_at(number):
+    """The place of a line of `write_jsonl` in the draw."""
+    return row_hash("a.jsonl\x000", f"imgs/{number}.png", f"imgs/{number}.png")
+
+
+def tars_that_start_again(folder, names, rows):
+    """Tars with the keys 000000, 000001, ... in every one; no two pictures are the same file."""
+    for n, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        members = []
+        for i in range(rows):
+            members += [(f"{i:06}.png", picture(0) + f"{n} {i}".encode()), (f"{i:06}.txt", f"{n} {i}".encode())]
+        tar_of(folder / name, members)
+    return folder
+
+
+def captions(folder):
+    return {s["caption"] for s in read(folder)}
+
+
 @pytest.fixture
 def small_units(monkeypatch):
     """Eight units of 60 lines."""
@@ -103,9 +129,7 @@ def test_jsonl_comes_out_as_it_went_in(tmp_path, small_units, capsys):
     out = tmp_path / "out"
     assert run("jsonl", source, "--out", out, "--captions", "caption", "recaption=dense", "--val", 0.2) == 0
     train, val = read(out / "train"), read(out / "val")
-    assert {s["meta"]["key"] for s in val} == {
-        f"imgs/{i}.png" for i in range(60) if key_hash(f"imgs/{i}.png") < 0.2 * 2**63
-    }
+    assert {s["meta"]["key"] for s in val} == {f"imgs/{i}.png" for i in range(60) if drawn_at(i) < 0.2 * 2**63}
     order = [int(s["meta"]["key"][5:-4]) for s in train]
     assert order == sorted(order)
     assert sorted([*order, *(int(s["meta"]["key"][5:-4]) for s in val)]) == list(range(60))
@@ -132,10 +156,67 @@ def test_jsonl_comes_out_as_it_went_in(tmp_path, small_units, capsys):
 def test_a_number_of_validation_samples(tmp_path, small_units):
     source = write_jsonl(tmp_path)
     assert run("jsonl", source, "--out", tmp_path / "out", "--val", 4) == 0
-    wanted = sorted(range(60), key=lambda i: key_hash(f"imgs/{i}.png"))[:4]
+    wanted = sorted(range(60), key=drawn_at)[:4]
     assert {s["meta"]["key"] for s in read(tmp_path / "out" / "val")} == {f"imgs/{i}.png" for i in wanted}
     assert run("jsonl", source, "--out", tmp_path / "tenth") == 0
     assert len(read(tmp_path / "tenth" / "val")) == 6
+
+
+@pytest.mark.parametrize("names", [[f"{n:05}.tar" for n in range(30)], [f"{n}/00000.tar" for n in range(30)]])
+def test_keys_that_start_again_in_every_tar(tmp_path, names):
+    source, out = tars_that_start_again(tmp_path / "in", names, 20), tmp_path / "out"
+    assert run("webdataset", source, "--out", out) == 0
+    val, train = captions(out / "val"), captions(out / "train")
+    assert (len(val), len(train), len(val | train)) == (60, 540, 600)  # a tenth
+    assert len({caption.split()[0] for caption in val}) > 10  # of many tars
+    shutil.move(source, tmp_path / "elsewhere")
+    assert run("webdataset", tmp_path / "elsewhere", "--out", tmp_path / "again") == 0
+    assert captions(tmp_path / "again" / "val") == val
+    assert run("webdataset", tmp_path / "elsewhere", "--out", tmp_path / "share", "--val", 0.2) == 0
+    assert 90 <= len(captions(tmp_path / "share" / "val")) <= 150
+
+
+def test_a_key_that_all_rows_have(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path, **{f"n{i}": {"kind": "x"} for i in range(60)})
+    found = {}
+    for rows in (8, 4096):  # however the file is cut into units
+        monkeypatch.setattr(jsonl, "UNIT_ROWS", rows)
+        assert run("jsonl", source, "--out", tmp_path / f"{rows}", "--key", "kind") == 0
+        found[rows] = captions(tmp_path / f"{rows}" / "val")
+    assert len(found[8]) == 6
+    assert found[8] == found[4096]
+    table = {"image": [picture(i) for i in range(60)], "caption": [str(i) for i in range(60)], "kind": ["x"] * 60}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet", row_group_size=7)
+    assert run("parquet", tmp_path / "a.parquet", "--out", tmp_path / "p", "--key", "kind") == 0
+    assert len(captions(tmp_path / "p" / "val")) == 6
+    members = [(f"x.{e}", picture(i) if e == "png" else b"x") for i in range(60) for e in ("png", "txt")]
+    tar_of(tmp_path / "a.tar", members)
+    assert run("webdataset", tmp_path / "a.tar", "--out", tmp_path / "w") == 0
+    report = json.loads((tmp_path / "w" / "report.json").read_text())
+    assert report["kept"] == {"train": 54, "val": 6}
+
+
+def test_copies_of_a_picture_are_drawn_together(tmp_path):
+    order, out = sorted(range(60), key=drawn_at), tmp_path / "out"
+    copies = {f"n{i}": {"image": f"imgs/{order[2]}.png"} for i in order[-6:]}
+    assert run("jsonl", write_jsonl(tmp_path, **copies), "--out", out, "--duplicates", "keep") == 0
+    assert captions(out / "val") == {f"number {i}" for i in order[:2]}  # with the seven it were more than a tenth
+    assert len(captions(out / "train")) == 58
+
+
+def test_no_more_are_drawn_than_wanted(tmp_path):
+    journal = Journal(tmp_path)
+    journal.plan([Unit("a", 0, None), Unit("b", 0, None)])
+    journal.scanned(0, 9, [5, 5, 5, 7, 9], [], 4)
+    journal.scanned(1, 9, [2, 7, 7, 8, 9], [], 4)
+    assert [journal.val_below(most) for most in range(5)] == [-1, 2, 2, 2, 5]
+    journal.close()
+
+
+def test_files_of_one_name_are_told_apart():
+    assert file_names(["/a/0.tar", "/b/0.tar", "/b/1.tar"]) == {
+        "/a/0.tar": "0.tar\x000", "/b/0.tar": "0.tar\x001", "/b/1.tar": "1.tar\x000"
+    }  # fmt: skip
 
 
 def test_workers_do_not_change_a_byte(tmp_path, small_units):
@@ -215,6 +296,74 @@ def test_webdataset_with_a_cut_tar(tmp_path):
     listed = [(record["source"], record["key"], record["reason"]) for record in quarantined(tmp_path / "out")]
     assert listed == [(str(tars[1]), None, "source_broken"), (str(tars[2]), None, "source_broken")]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["broken_sources"] == 2
+
+
+def test_a_broken_file_beside_a_tar_costs_what_needs_it(tmp_path):
+    members = [(f"{i}.{e}", picture(i) if e == "png" else b"%d" % i) for i in range(4) for e in ("png", "txt")]
+    members.remove(("1.txt", b"1"))
+    tar_of(tmp_path / "a.tar", [*members, ("3.json", b"{")])
+    pq.write_table(pa.table({"key": ["1"], "txt": ["one"]}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    assert run("webdataset", tmp_path, "--out", out, "--val", 0) == 0
+    assert captions(out / "train") == {"0", "2", "3"}
+    one, broken = quarantined(out)
+    assert (one["key"], one["reason"]) == ("1", "sidecar_broken")
+    assert (broken["key"], broken["reason"]) == (None, "source_broken")
+    assert str(tmp_path / "a.parquet") in broken["detail"]
+    report = json.loads((out / "report.json").read_text())
+    assert (report["rows"], report["skipped"], report["broken_sources"]) == (4, {"sidecar_broken": 1}, 1)
+
+
+def test_pictures_that_change_between_the_passes(tmp_path, monkeypatch):
+    source, out = write_jsonl(tmp_path, n50={"image": "imgs/8.png"}), tmp_path / "out"
+    (tmp_path / "imgs" / "7.png").unlink()
+    second = convert._Run.convert
+
+    def change(self, *arguments):
+        (tmp_path / "imgs" / "5.png").write_bytes(picture(100))
+        (tmp_path / "imgs" / "7.png").write_bytes(picture(7))
+        second(self, *arguments)
+
+    monkeypatch.setattr(convert._Run, "convert", change)
+    assert run("jsonl", source, "--out", out, "--val", 0) == 0
+    assert [(record["key"], record["reason"]) for record in quarantined(out)] == [
+        ("imgs/5.png", "image_changed"), ("imgs/7.png", "image_changed"), ("imgs/8.png", "duplicate")
+    ]  # fmt: skip
+    assert captions(out / "train") == {f"number {i}" for i in range(60)} - {"number 5", "number 7", "number 50"}
+
+
+@pytest.mark.parametrize("name", ["a#b", "a?b", "a%20b", "a b"])
+def test_a_folder_of_any_name(tmp_path, name):
+    assert run("jsonl", write_jsonl(tmp_path), "--out", tmp_path / name / "out", "--val", 0) == 0
+    assert len(read(tmp_path / name / "out" / "train")) == 60
+
+
+def test_a_run_that_keeps_nothing_fails(tmp_path, capsys):
+    (tmp_path / "a.tar").write_bytes(b"junk" * 1000)
+    out = tmp_path / "out"
+    for _ in range(2):  # finished, too
+        assert run("webdataset", tmp_path / "a.tar", "--out", out) == 1
+        assert f"error: kept: wanted a sample, got none; {out}/report.json and" in capsys.readouterr().err
+    report = json.loads((out / "report.json").read_text())
+    assert (report["kept"], report["broken_sources"]) == ({}, 1)
+
+
+def test_a_compressed_tar_is_named_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "b.tar.gz").write_bytes(b"\x1f\x8b")
+    assert run("webdataset", tmp_path / "b.tar.gz", "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"input: wanted tars that are not compressed, got {tmp_path}/b.tar.gz; decompress it first" in line
+
+
+def test_an_error_of_a_worker_is_told_as_what_it_is():
+    unit = (7, Unit("a.jsonl", 0, None))
+    with (
+        Pool(1, operator.truediv, (1, 0)) as pool,
+        pytest.raises(PrepareFailed, match=r"^unit 7 \(a\.jsonl\): ZeroDivisionError: division by zero; the same"),
+    ):
+        next(pool.run(iter([unit]), lambda rows: None))
 
 
 def test_parquet(tmp_path):

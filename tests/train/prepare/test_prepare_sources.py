@@ -226,6 +226,46 @@ def test_tar_samples(tmp_path):
     assert bad == [("3", "image_missing"), ("4", "image_format"), ("5", "row_not_json")]
 
 
+def test_a_broken_json_or_parquet_file_costs_only_what_needs_it(tmp_path):
+    members = [("0.jpg", b""), ("0.txt", b"zero"), ("0.json", b"{"), ("1.jpg", b""), ("1.json", b"{")]
+    path = tar_of(tmp_path / "a.tar", [*members, ("2.jpg", b""), ("2.json", b'{"txt": "two"}'), ("3.jpg", b"")])
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    source = Webdataset((str(path),), ("txt",), 1000)
+    rows, why = rows_until_broken(source, Unit(str(path), 0, None))
+    found = [(row.key, row.why.reason if isinstance(row, Bad) else row.captions["txt"]) for row in rows]
+    assert found == [("0", b"zero"), ("1", "row_not_json"), ("2", "two"), ("3", "sidecar_broken")]
+    assert "0.json: row_not_json" in why
+    assert f"{tmp_path}/a.parquet: Arrow" in why
+
+
+def test_a_cell_beside_a_tar_that_is_not_utf8(tmp_path):
+    path = tar_of(tmp_path / "a.tar", [("0.jpg", b""), ("1.jpg", b"")])
+    text = pa.array([b"good", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"key": ["0", "1"], "txt": text}), tmp_path / "a.parquet")
+    rows = all_rows(Webdataset((str(path),), ("txt",), 1000))
+    assert [row.captions["txt"] for row in rows] == ["good", b"\xff"]
+
+
+def test_no_picture_of_a_tar_is_overlooked(tmp_path):
+    members = [("0.jpg", b"a"), ("0.txt", b"x"), ("0.jpg", b"b"), ("0.txt", b"y"), ("1.v2.jpg", b""), ("1.v2.txt", b"")]
+    path = tar_of(tmp_path / "a.tar", members)
+    source = Webdataset((str(path),), ("txt",), 1000)
+    found = [row if isinstance(row, Bad) else (row, row.load()) for row in source.rows(units(source)[0])]
+    (first, a), (second, b), bad = found
+    assert (a, first.captions["txt"], b, second.captions["txt"]) == (b"a", b"x", b"b", b"y")
+    assert first.place != second.place
+    assert str(bad.why) == "image_format: wanted 1.jpg, 1.jpeg, 1.png, 1.webp, got .v2.jpg"
+
+
+def test_a_member_that_the_disk_cannot_read():
+    class Disk(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(Rejected, match=r"row_cut: 0\.jpg: .*Input/output error"):
+        webdataset._read(Disk(), tarfile.TarInfo("0.jpg"))
+
+
 @pytest.fixture
 def tar(tmp_path):
     names = [(f"{i}.{e}", f"{i}{e}".encode() * 300) for i in range(10) for e in ("jpg", "txt")]
@@ -323,6 +363,37 @@ def test_a_text_column_that_is_not_utf8(tmp_path):
     pq.write_table(pa.table({"image": [b"x", b"y"], "caption": text}), tmp_path / "a.parquet")
     rows = all_rows(Parquet((str(tmp_path / "a.parquet"),), "image", None, ("caption",), 10))
     assert [row.captions["caption"] for row in rows] == ["good", b"\xff"]
+
+
+def test_a_parquet_cell_that_cannot_be_had_costs_its_row(tmp_path):
+    bad = pa.array([b"good", b"\xff", b"good"]).view(pa.string())
+    image = pa.StructArray.from_arrays([pa.array([b"a", b"b", None], pa.binary()), bad], ["bytes", "path"])
+    several = pa.ListArray.from_arrays([0, 1, 2, 3], bad)
+    codes = pa.DictionaryArray.from_arrays(pa.array([1, 0, 1], pa.int8()), pa.array(["one", "zero"]))
+    bad_codes = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int8()), bad[:2])
+    table = {"image": image, "several": several, "codes": codes, "bad": bad_codes, "url": bad, "id": [1, 2, 3]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    rows = all_rows(Parquet((str(tmp_path / "a.parquet"),), "image", "id", ("several", "codes", "bad"), 10))
+    assert [row.load() for row in rows[:2]] == [b"a", b"b"]
+    with pytest.raises(Rejected, match="image_missing: no bytes in 'image'"):
+        rows[2].load()
+    assert [row.captions["codes"] for row in rows] == ["zero", "one", "zero"]
+    assert [row.captions["bad"] for row in rows] == ["good", b"\xff", "good"]
+    assert [row.url for row in rows] == ["good", None, "good"]
+    for row, got in ((rows[0], "list"), (rows[1], "UnicodeDecodeError")):
+        with pytest.raises(Rejected, match=f"caption_not_text: several: wanted text, got {got}"):
+            check(row.captions["several"], "several", CaptionOptions())
+
+
+@pytest.mark.parametrize(("image", "why"), [
+    (pa.array([{"path": "a.png"}]), "'image': KeyError"), (pa.array(["text"]), "wanted bytes in 'image', got str"),
+    (pa.array([b"\xff"]).view(pa.string()), "'image': UnicodeDecodeError"),
+])  # fmt: skip
+def test_parquet_images_that_are_none(tmp_path, image, why):
+    pq.write_table(pa.table({"image": image, "caption": ["x"]}), tmp_path / "a.parquet")
+    (row,) = all_rows(Parquet((str(tmp_path / "a.parquet"),), "image", None, ("caption",), 10))
+    with pytest.raises(Rejected, match=f"image_missing: {why}"):
+        row.load()
 
 
 def test_a_broken_parquet_file_is_met_by_its_rows(tmp_path):
