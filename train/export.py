@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -69,12 +69,12 @@ def export(source: Path, out: Path, weights: str = "ema") -> Path:
     config = from_plain(json.loads((path / checkpoint.STATE).read_text())["config"])
     alone, dtype = Ranks(0, 1, 0, torch.device("cpu")), next(model.parameters()).dtype
     pipe = make_pipeline(config, model, load_encoder(config, alone, dtype), load_codec(config, alone, dtype))
-    partial = out.with_name(f"partial-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipe.save_pretrained(partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as partial:
+        pipe.save_pretrained(Path(partial) / out.name)
+        if out.exists():
+            out.rmdir()
+        (Path(partial) / out.name).rename(out)
     return path
 
 
