@@ -20,7 +20,7 @@ from bench.model import Routing
 from bench.overhead import predicted
 from bench.setting import PAPER, dit, language_model
 from sr_model import STRATEGIES, DiT, FuseDiT, flops
-from sr_model.fusion import STATIC_IN_TIME, layers_read
+from sr_model.fusion import STATIC_IN_TIME, fused_states, layers_read
 from train.distributed import PEAKS
 
 DEVICE, COPY = "H200", 4.3e12  # bytes a second that a copy reaches there
@@ -33,7 +33,7 @@ def routing_bytes(model: DiT | FuseDiT, tokens: int) -> int:
     if c.strategy == "fusedit":
         return 0
     layers = len(layers_read(c.strategy, c.text_layers))
-    return Routing(layers, flops.fused_states(model), tokens, c.text_dim, 2).forward_bytes
+    return Routing(layers, fused_states(c.strategy, c.depth), tokens, c.text_dim, 2).forward_bytes
 
 
 def project(products: float, moved: float, shares: tuple[float, float]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sr_model.conditioner import Conditioner
 from sr_model.flow import sigma_of
-from sr_model.fusion import DEPTH_WISE, build_fusion, layers_read
+from sr_model.fusion import build_fusion, fused_states, layers_read
 from sr_model.layers import CHECKPOINTING, Block, RecomputingBlock, image_rope
 from sr_model.text_features import TextFeatures, TextKV
 
@@ -162,7 +162,7 @@ class DiT(ImageTransformer):
     @apply_forward_hook  # a model that waits on the CPU comes for this as for `forward`
     def folded(self, text: TextFeatures, times: int) -> tuple[Tensor, Tensor] | None:
         """What `condition` may be given to be asked `times` times with these weights; None where folding is dearer."""
-        rows = self.config.depth if self.config.strategy in DEPTH_WISE else 1
+        rows = fused_states(self.config.strategy, self.config.depth)
         folds = self.conditioner.folds(text.cu_seqlens_host[-1], rows, times)
         return self.conditioner.folded() if folds else None
 

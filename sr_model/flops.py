@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from sr_model.dit import DiT
 from sr_model.fusedit import FuseDiT
-from sr_model.fusion import DEPTH_WISE, STATIC_IN_TIME, layers_read
+from sr_model.fusion import STATIC_IN_TIME, fused_states, layers_read
 
 Transformer: TypeAlias = "DiT | FuseDiT"
 
@@ -70,18 +70,12 @@ def attention_products(dit: Transformer, image_tokens: int, text_tokens: int) ->
     return c.depth * 2 * c.num_heads * c.head_dim * image_tokens * (image_tokens + text_tokens)
 
 
-def fused_states(dit: Transformer) -> int:
-    """How many different fused states the text has: one, or one a block."""
-    c: Any = dit.config
-    return c.depth if c.strategy in DEPTH_WISE else 1
-
-
 def text_products(dit: Transformer, tokens: int, times: int = 1) -> int:
     """Multiply-adds of keys and values for `tokens` real tokens, made `times` times from the same weights."""
     c: Any = dit.config
     if c.strategy == "fusedit":
         return 0  # they are the LLM's own
-    rows, kv = fused_states(dit), 2 * c.num_kv_heads * c.head_dim
+    rows, kv = fused_states(c.strategy, c.depth), 2 * c.num_kv_heads * c.head_dim
     layers = len(layers_read(c.strategy, c.text_layers))
     a_token = c.text_dim * (rows * layers + c.depth * kv)
     assert isinstance(dit, DiT)
@@ -149,7 +143,7 @@ def paper_sampling(
     layers, a_token = layers_run(dit), 0
     if c.strategy != "fusedit":
         layers = c.text_layers  # all of them run, the last one's output is only not read by b1
-        rows = fused_states(dit)
+        rows = fused_states(c.strategy, c.depth)
         a_token = c.depth * kv * c.text_dim + rows * (c.text_dim**2 + c.text_layers * c.text_dim)
     return Flops(
         image=2 * 2 * steps * image_tokens * image_products(dit),

@@ -78,12 +78,16 @@ class TimeGate(nn.Module):
 FUSIONS = ("b1", "b2", "b3", "s1", "s2", "s3")
 STRATEGIES = (*FUSIONS, "fusedit")  # the last fuses nothing: it taps the LLM's keys and values (sr_model/fusedit.py)
 STATIC_IN_TIME = ("b1", "b2", "b3", "s2")  # their keys and values can be kept over all sampling steps
-DEPTH_WISE = ("s2", "s3")  # a fused state for every block; the others have one for all
 
 
 def layers_read(strategy: str, num_layers: int) -> tuple[int, ...]:
     """The hidden states a strategy needs of an LLM with `num_layers` layers: what to ask the text encoder for."""
     return (num_layers - 1,) if strategy == "b1" else tuple(range(1, num_layers + 1))
+
+
+def fused_states(strategy: str, depth: int) -> int:
+    """How many different fused states the text has for `depth` blocks: one, or one a block."""
+    return depth if strategy in ("s2", "s3") else 1
 
 
 def build_fusion(strategy: str, depth: int, num_layers: int | None) -> nn.Module:
@@ -99,7 +103,7 @@ def build_fusion(strategy: str, depth: int, num_layers: int | None) -> nn.Module
         return Uniform()
     if num_layers is None:
         raise ValueError(f"text_layers: wanted the number of LLM layers for strategy {strategy!r}, got None")
-    rows = depth if strategy in DEPTH_WISE else 1
+    rows = fused_states(strategy, depth)
     return (Static if strategy in ("b3", "s2") else TimeGate)(rows, num_layers)
 
 

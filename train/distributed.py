@@ -46,15 +46,16 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, work: Callable[[], Result]) -> Result:
-        """`work()`, which calls no other rank. Raises: ConfigError on all ranks where one raises it."""
-        result, wrong = None, None
+    def together(self, work: Callable[[], Result], *errors: type[Exception]) -> Result:
+        """`work()`, which calls no other rank. Raises: ConfigError, or one of `errors`, on all ranks where one does."""
+        result: Result | None = None
+        wrong: Exception | None = None
         try:
             result = work()
-        except ConfigError as error:
-            wrong = str(error)
+        except (ConfigError, *errors) as error:
+            wrong = type(error)(str(error))  # without its cause, which may not travel
         if found := [error for error in self.gather(wrong) if error is not None]:
-            raise ConfigError(found[0])
+            raise found[0]
         return cast("Result", result)
 
 

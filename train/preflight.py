@@ -17,7 +17,7 @@ from sr_kernels.routing import backend_for as routing_backend
 from sr_kernels.routing import native
 from sr_model import DiT, FuseDiT
 from sr_model.build import parameter_count
-from sr_model.flops import fused_states
+from sr_model.fusion import fused_states
 from train.checkpoint import PARAMETER_BYTES
 from train.config import Config, ConfigError, DataConfig
 from train.data import Part, sizes
@@ -56,7 +56,7 @@ def text_bytes(dit: DiT | FuseDiT, tokens: int, itemsize: int) -> int:
     if c.strategy == "fusedit":
         return 2 * tokens * kv * itemsize
     read = len(dit.reads(c.text_layers)["layer_ids"])
-    return tokens * (c.text_dim * (read + fused_states(dit)) + 3 * kv) * itemsize
+    return tokens * (c.text_dim * (read + fused_states(c.strategy, c.depth)) + 3 * kv) * itemsize
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaModel, Qwen3Config
 
 from sr_model import TextFeatures, build, flops
+from sr_model.fusion import fused_states
 
 QWEN3_VL_4B = Qwen3Config(
     hidden_size=2560, num_hidden_layers=36, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8,
@@ -33,7 +34,8 @@ def test_a_forward_pass_is_what_the_counter_counts(preset, strategy, fold):
         model(x, torch.rand(2, device="meta"), text)
     gates = 2 * 2 * sum(p.numel() for p in model.fusion.parameters() if p.ndim == 3)  # 2 samples; not counted by ours
     layers = 1 if strategy == "b1" else c.text_layers
-    routing = 2 * flops.fused_states(model) * layers * 80 * c.text_dim  # our own op, which the counter does not know
+    rows = fused_states(strategy, c.depth)
+    routing = 2 * rows * layers * 80 * c.text_dim  # our own op, which the counter does not know
     assert flops.forward(model, side * side, lengths).total == counter.get_total_flops() - gates + routing
 
 

@@ -106,24 +106,20 @@ def open_data(data: DataConfig, ranks: Ranks) -> dict[str, list[Part]]:
 
     Raises: ConfigError or DataError, the same on all ranks.
     """
-    result: dict[str, list[Part]] | Exception | None = None
-    if ranks.local_rank == 0:
-        try:
-            clean_stale()
-            train = [part for path, weight in data.mix.items() for part in open_corpus(data, path, "train", weight)]
-            result = {
-                "train": train or open_corpus(data, data.path, "train"),
-                "val": open_corpus(data, data.path, "val"),
-            }
-            check_cache(data, result["train"])
-            if root(data).remote:
-                fetch_if_there(root(data), PROMPTS)
-        except (ConfigError, DataError) as error:
-            result = type(error)(str(error))  # without its cause, which may not travel
-    found = [outcome for outcome in ranks.gather(result) if outcome is not None]
-    for outcome in found:
-        if isinstance(outcome, Exception):
-            raise outcome
+
+    def on_this_node() -> dict[str, list[Part]] | None:
+        if ranks.local_rank != 0:
+            return None
+        clean_stale()
+        train = [part for path, weight in data.mix.items() for part in open_corpus(data, path, "train", weight)]
+        parts = {"train": train or open_corpus(data, data.path, "train"), "val": open_corpus(data, data.path, "val")}
+        check_cache(data, parts["train"])
+        if root(data).remote:
+            fetch_if_there(root(data), PROMPTS)
+        return parts
+
+    opened = ranks.gather(ranks.together(on_this_node, DataError))
+    found = [parts for parts in opened if parts is not None]
     if any(outcome != found[0] for outcome in found):
         raise ConfigError(f"data.path: wanted the same data on every node, the indices of {data.path} differ")
     return found[0]
