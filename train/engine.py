@@ -19,7 +19,10 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from sr_model import DiT
+from sr_model.build import parameter_count
 from train.config import Config
+
+BUCKET = 500_000_000  # elements of the buffer that gradients are reduced in, where the model has more: DeepSpeed's own
 
 
 def learning_rate_factor(step: int, config: Config) -> float:
@@ -31,7 +34,7 @@ def learning_rate_factor(step: int, config: Config) -> float:
     return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(step / config.steps, 1.0))))
 
 
-def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(config: Config, parameters: int, world: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration. ZeRO stage 0 can only accumulate bf16 gradients in bf16; the others use fp32."""
     micro = config.micro_batch_size or config.batch_size // world
     settings: dict[str, Any] = {
@@ -39,7 +42,7 @@ def deepspeed_config(config: Config, world: int, bf16: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.batch_size // (micro * world),
         "gradient_clipping": config.optim.clip,
-        "zero_optimization": {"stage": config.zero},
+        "zero_optimization": {"stage": config.zero, "reduce_bucket_size": min(BUCKET, parameters)},
         "bf16": {"enabled": bf16},
         "steps_per_print": 10**9,
     }
@@ -80,7 +83,7 @@ def build_engine(model: DiT, config: Config, world: int, bf16: bool) -> deepspee
         lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(
             opt, lambda step: learning_rate_factor(step, config)
         ),
-        config=deepspeed_config(config, world, bf16),
+        config=deepspeed_config(config, parameter_count(model), world, bf16),
         dist_init_required=False,
     )
     return engine

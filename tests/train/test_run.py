@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,22 @@ def test_zero_stages_and_micro_batches_agree(train):
 def test_strategies_that_learn_no_weights_train_alike_under_zero_3(train, strategy):
     one, other = (losses(train(f"z{z}", "--steps=3", f"--zero={z}", f"--strategy={strategy}")) for z in (1, 3))
     assert all(math.isclose(one[s], other[s], rel_tol=1e-5) for s in one), (one, other)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_no_buffer_is_larger_than_the_model(train, capsys, monkeypatch, zero):
+    """DeepSpeed would make one of 2 GB for gradients; a fork can be refused for it, and a GPU has to find it."""
+    sizes, empty = [], torch.empty
+
+    def spy(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        sizes.append(made.numel())
+        return made
+
+    monkeypatch.setattr(torch, "empty", spy)
+    train("run", "--steps=1", f"--zero={zero}")
+    parameters = int(re.search(r"([\d,]+) parameters", capsys.readouterr().out)[1].replace(",", ""))
+    assert 0 < max(sizes) <= parameters
 
 
 @pytest.mark.slow  # compiles for half a minute
