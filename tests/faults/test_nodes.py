@@ -1,6 +1,7 @@
-"""Two nodes: two network namespaces joined by a cable, each with its own shared memory, temporary folder and data.
+"""Two nodes: two network namespaces joined by a cable, each with its own shared memory and data.
 
-They share the folder of the run. Both run the launcher as the README says for nodes without ssh.
+They share the folder of the run, and /tmp as nodes do whose TMPDIR is on a shared file system. Both run the launcher as
+the README says for nodes without ssh.
 """
 
 import math
@@ -59,12 +60,11 @@ def launch_nodes(cable, start, tiny_flags, corpus, tmp_path):
             own = tmp_path / f"node{node}"
             shutil.rmtree(own, ignore_errors=True)
             shutil.copytree(corpus, own / "data")
-            (own / "tmp").mkdir()
             inside = ["ip", "netns", "exec", space, "unshare", "-m", "sh", "-c", ENTER, "sh", own / "data", corpus]
             launcher = [Path(sys.executable).parent / "deepspeed", "--hostfile", hosts, "--no_ssh"]
             launcher += ["--node_rank", node, "--master_addr", "10.77.0.1", "--master_port", port]
             flags_ = [*tiny_flags, f"--out={tmp_path / name}", *flags]
-            variables = {"GLOO_SOCKET_IFNAME": f"node{node}", "TMPDIR": str(own / "tmp")}
+            variables = {"GLOO_SOCKET_IFNAME": f"node{node}"}
             runs.append(start([*inside, *launcher, "train/run.py", *flags_], tmp_path / name, variables))
         return runs
 

@@ -24,8 +24,8 @@ SHARED = Path("/dev/shm")
 
 
 def claims() -> Path:
-    """The folder of this user's lock files."""
-    return Path(tempfile.gettempdir()) / f"semantic-routing-{os.getuid()}"
+    """The folder of this user's lock files: beside the segments, since other nodes or containers may share /tmp."""
+    return (SHARED if SHARED.is_dir() else Path(tempfile.gettempdir())) / f"semantic-routing-{os.getuid()}"
 
 
 def _identity(prefix: int) -> str:
@@ -96,7 +96,7 @@ def clean_stale() -> list[int]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where one still holds its claim
                 prefix, known = int(path.name), os.pread(handle, 64, 0).decode().strip()
                 if known and known == _identity(prefix):
-                    for name in SHM_TO_CLEAN:
+                    for name in sorted(SHM_TO_CLEAN, key=LOCALS.__eq__):  # last what tells whose the others are
                         (SHARED / f"{prefix:06}_{name}").unlink(missing_ok=True)
                     for name in (BARRIER_FILELOCK, CACHE_FILELOCK):
                         (Path(tempfile.gettempdir()) / f"{prefix:06}_{name}").unlink(missing_ok=True)

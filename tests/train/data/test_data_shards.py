@@ -221,6 +221,20 @@ def test_jobs_take_numbers_one_after_the_other():
     assert entered == ["first", "second"]
 
 
+def interrupted_after(count, unlink, prefix):
+    """`unlink`, which Ctrl-C interrupts after so many files whose names begin with `prefix`."""
+    done = []
+
+    def interrupted(path, missing_ok=False):
+        if path.name.startswith(prefix):
+            done.append(path)
+            if len(done) > count:
+                raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
+    return interrupted
+
+
 def test_only_what_a_dead_process_left_is_cleaned(corpus):
     command = [sys.executable, "-c", HOLD, str(corpus / "train")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)]
@@ -233,6 +247,11 @@ def test_only_what_a_dead_process_left_is_cleaned(corpus):
         assert len(names[second]) >= 6
         os.killpg(processes[0].pid, 9)  # its resource tracker too, which else might tidy up
         processes[0].wait()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "unlink", interrupted_after(2, Path.unlink, f"{first:06}_"))
+            with pytest.raises(KeyboardInterrupt):  # as one is that is killed while it cleans
+                clean_stale()
+        assert 4 <= len(list(SHARED.glob(f"{first:06}_*"))) < len(names[first])
         assert first in clean_stale()
         assert not list(SHARED.glob(f"{first:06}_*"))
         assert {path.name for path in SHARED.glob(f"{second:06}_*")} == names[second]
@@ -244,6 +263,11 @@ def test_only_what_a_dead_process_left_is_cleaned(corpus):
             process.wait()
             process.stdout.close()
         clean_stale()
+
+
+def test_locks_are_where_the_segments_are():
+    """Nodes or containers that share /tmp would wait for one another's starts, each with its own shared memory."""
+    assert claims().parent == SHARED
 
 
 def test_a_segment_taken_by_another_since_is_not_touched(tmp_path):
