@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ def llm_sizes(config: Config, encoder: TextEncoder) -> dict[str, Any]:
     return sizes | {"rope_base": config.model.rope_base or rope_theta(llm), "norm_eps": llm.rms_norm_eps}
 
 
-def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[Parts, Evaluator]:
+def assemble(config: Config, ranks: Ranks) -> tuple[Parts, Evaluator]:
     """Everything a run needs, checked cheapest first. Raises: ConfigError."""
     sizes = model_sizes(config)
     check_image_size(config, 1)  # again with the VAE's factor, once that is known
@@ -163,7 +162,7 @@ def assemble(config: Config, ranks: Ranks, say: Callable[[str], None]) -> tuple[
         data["train"], moments is not None,
     )  # fmt: skip
     for line in lines:
-        say(line)
+        ranks.say(line)
     config = replace(config, micro_batch_size=micro)
 
     torch.manual_seed(config.seed)

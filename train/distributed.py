@@ -33,6 +33,11 @@ class Ranks:
         """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
+    def say(self, line: str) -> None:
+        """One line to stdout, from rank 0."""
+        if self.first:
+            print(line, flush=True)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

@@ -128,13 +128,9 @@ def run(config: Config, ranks: Ranks, watchdog: Watchdog) -> int:
             print_summary(json.loads(summary.read_text()))
         return 0
 
-    def say(line: str) -> None:
-        if ranks.first:
-            print(line, flush=True)
-
     if found is not None:
         check_same_model(config, found)
-    parts, evaluator = assemble(config, ranks, say)
+    parts, evaluator = assemble(config, ranks)
     lock = alone(folder / ".lock", ConfigError(f"out: another process trains in {folder}; give another --out"))
     with contextlib.ExitStack() as held:
         ranks.together(lambda: held.enter_context(lock) if ranks.first else None)
@@ -146,17 +142,13 @@ def run_steps(config: Config, parts: Parts, evaluator: Evaluator, watchdog: Watc
     ranks, folder, checkpoints = parts.ranks, config.folder, config.folder / "checkpoints"
     target = min(config.steps, config.stop_at or config.steps)
 
-    def say(line: str) -> None:
-        if ranks.first:
-            print(line, flush=True)
-
     step = 0
     first_losses: dict[str, float] = {}
     if found is not None:
         state = checkpoint.load(found, parts.engine, parts.ema)
         step, first_losses = state["step"], state["first"]
         parts.loader.load_state_dict(state["loader"])
-        say(f"resume     {found}, step {step}")
+        ranks.say(f"resume     {found}, step {step}")
     if ranks.first:
         replace_text(folder / "config.yaml", config.to_yaml())
     log = RunLog(folder, ranks.first, config.steps, step)
@@ -232,9 +224,11 @@ def run_steps(config: Config, parts: Parts, evaluator: Evaluator, watchdog: Watc
         paused += time.perf_counter() - pause
     watchdog.at("")
     if guard.stopping:
-        say(f"stopped by a signal at step {step} of {config.steps}; the same command continues (exit code {PREEMPTED})")
+        ranks.say(
+            f"stopped by a signal at step {step} of {config.steps}; the same command continues (exit code {PREEMPTED})"
+        )
     elif target < config.steps:
-        say(f"stopped at step {step} of {config.steps}; the same command without --stop_at continues")
+        ranks.say(f"stopped at step {step} of {config.steps}; the same command without --stop_at continues")
     else:
         finish(evaluator, parts, log, step - trained, seconds, spent, first_losses)
     guard.close()

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 if not __package__:  # run as a script: the folder of this file comes first on the path, the packages stand one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -62,6 +62,29 @@ def let_the_others_hear() -> None:
         time.sleep(GRACE)
 
 
+class Output:
+    """A standard stream. When it cannot be written any more (an ssh connection is gone, a log's disk is full) its lines
+    are lost, and nothing else.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written; how many characters were given."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Send what was written, where somebody reads."""
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def leave(code: int) -> NoReturn:
     """End the process: exit hooks and output first, but without taking the interpreter down.
 
@@ -74,6 +97,7 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
     try:
         code = main()
     except KeyboardInterrupt:

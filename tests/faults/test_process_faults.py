@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 
 import pytest
 
@@ -46,6 +47,22 @@ def test_a_launched_run_told_to_stop_ends_with_a_checkpoint(launch):
     assert checkpoint.fault(path) is None
     assert json.loads((path / "state.json").read_text())["step"] == max(losses(run.folder))
     continues(launch, run.folder, *flags)
+
+
+def test_a_run_whose_output_nobody_reads_goes_on(start, tiny_flags, tmp_path):
+    """Its reader ends after three lines, as a lost ssh connection does; SIGTERM still leads to a checkpoint."""
+    flags = [*tiny_flags, *FLAGS, "--checkpoint_every=100000", f"--out={tmp_path / 'run'}", ENDLESS]
+    pipe = ["sh", "-c", '"$@" 2>&1 | sed 3q', "sh"]
+    run = start([*pipe, sys.executable, "-u", "train/run.py", *flags], tmp_path / "run")
+    run.at_step(4)
+    (trains,) = (p for p in run.processes() if p.cmdline()[1:3] == ["-u", "train/run.py"])
+    trains.terminate()
+    assert run.wait(STOP) == 0  # that of its reader
+    assert len(run.output.splitlines()) == 3
+    assert run.orphans() == []
+    (path,) = (run.folder / "checkpoints").glob("step-*")
+    assert checkpoint.fault(path) is None
+    assert json.loads((path / "state.json").read_text())["step"] == max(losses(run.folder))
 
 
 def test_an_interrupted_run_ends_at_once_in_one_line(launch):
