@@ -20,6 +20,7 @@ def test_what_one_rank_cannot_do_no_rank_does(tmp_path):
 import sys, torch
 from train.config import ConfigError
 from train.distributed import Ranks
+from train.run import leave
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path / "meet"}", rank=rank, world_size=2)
 ranks = Ranks(rank, 2, rank, torch.device("cpu"))
@@ -32,6 +33,8 @@ try:
 except ConfigError as error:
     print(error)
 print(ranks.together(lambda: rank + 5))
+torch.distributed.destroy_process_group()
+leave(0)
 """
     runs = [
         subprocess.Popen([sys.executable, "-c", program, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
